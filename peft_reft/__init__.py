@@ -1,0 +1,16 @@
+"""ReFT (representation finetuning, https://huggingface.co/papers/2404.03592) as a PEFT method.
+
+Importing the package makes the method known to PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and
+transformers' `load_adapter` take it as they take their own.
+"""
+
+from .card import keep_card_on_push
+from .config import ReftConfig
+from .model import ReftModel
+from .registration import register
+
+__all__ = ["ReftConfig", "ReftModel"]
+__version__ = "0.1.0"
+
+register(ReftConfig, ReftModel)
+keep_card_on_push()

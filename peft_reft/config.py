@@ -1,0 +1,217 @@
+"""`ReftConfig`: what to edit, where, and by how much."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from transformers.activations import ACT2FN
+
+from .card import describe_use
+from .positions import Positions
+from .registration import add_peft_type
+
+REFT = add_peft_type()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The three switches of the family.
+
+    Attributes:
+        orthonormal: whether the rows of R are kept orthonormal.
+        subtract: whether the projection of h is replaced (R^T (s - R h)) or added to (R^T s).
+        linear: whether the source s is act(W h + b), or b alone.
+    """
+
+    orthonormal: bool
+    subtract: bool
+    linear: bool
+
+
+# The classes are those of pyreft 0.1.0, pyreft/interventions.py.
+VARIANTS = {
+    "loreft": Variant(orthonormal=True, subtract=True, linear=True),  # LoreftIntervention
+    "noreft": Variant(orthonormal=False, subtract=True, linear=True),  # NoreftIntervention
+    "direft": Variant(orthonormal=False, subtract=False, linear=True),  # NodireftIntervention, the paper's DiReFT
+    "direft_orthogonal": Variant(orthonormal=True, subtract=False, linear=True),  # DireftIntervention
+    "consreft": Variant(orthonormal=True, subtract=True, linear=False),  # ConsreftIntervention
+    "lobireft": Variant(orthonormal=True, subtract=False, linear=False),  # LobireftIntervention
+}
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`ReftModel`].
+
+    Args:
+        intervention (`str`):
+            How a hidden state is edited. `"loreft"` (default) and its relatives `"noreft"`, `"direft"` (the paper's
+            DiReFT), `"direft_orthogonal"`, `"consreft"` and `"lobireft"`.
+        r (`int`):
+            Rank of each edit.
+        rank_pattern (`dict`):
+            Ranks that differ from `r`: a mapping from layer names, or regular expressions of them, to ranks.
+        positions (`str`):
+            Which tokens are edited. `"f7+l7"` (default) for the first seven and the last seven tokens of the prompt,
+            `"f1"` or `"l3"` for one end alone, `"prompt"` for every prompt token, `"all"` for every token, generated
+            ones included.
+        share_weights (`bool`):
+            Whether the first and the last tokens are edited by the same weights. Otherwise each layer has two edits.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the layers to edit; negative ones count from the end. All layers if None.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            The name of the list of layers, if it cannot be found: for example `"layers"` or `"h"`.
+        target_modules (`list[str]` or `str`, *optional*):
+            The modules whose output is edited: names, or a regular expression of them. If None, the output of every
+            transformer block.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Modules that are left as they are: names, or a regular expression of them.
+        dropout (`float`):
+            Dropout on the edited hidden states.
+        act_fn (`str`, *optional*):
+            Activation of the edit's source, a name from `transformers.activations.ACT2FN`. None for the identity.
+        init_weights (`bool` or `str`):
+            True (default) for an edit that is zero at the start where the intervention allows it. `"reference"` for
+            the draws of the paper's code. False for a random edit, to test with.
+        modules_to_save (`list[str]`, *optional*):
+            Modules apart from the adapter that are trained and saved, such as a classification head.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Indices of tokens whose embeddings are trained and saved, or a mapping from the names of embedding modules
+            to such indices.
+
+    Raises:
+        ValueError: if a value is not allowed; the message names it and what is.
+    """
+
+    intervention: str = field(
+        default="loreft",
+        metadata={"help": "How a hidden state is edited: " + ", ".join(VARIANTS) + "."},
+    )
+    r: int = field(default=8, metadata={"help": "Rank of each edit."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Layer names, or regular expressions of them, whose rank differs from `r`, and that rank."},
+    )
+    positions: str = field(
+        default="f7+l7",
+        metadata={
+            "help": "Which tokens are edited: 'f7+l7' for the first and last seven of the prompt, 'f1' or 'l3' for one "
+            "end alone, 'prompt' for every prompt token, 'all' for every token, generated ones included."
+        },
+    )
+    share_weights: bool = field(
+        default=False,
+        metadata={"help": "Whether the first and the last tokens are edited by the same weights."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the layers to edit, negative ones from the end. All layers if None."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "The name of the list of layers, if it cannot be found: for example 'layers' or 'h'."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The modules whose output is edited: names, or a regular expression of them. If None, the output "
+            "of every transformer block."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules that are left as they are: names, or a regular expression of them."},
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited hidden states."})
+    act_fn: str | None = field(
+        default=None,
+        metadata={"help": "Activation of the edit's source, a name from transformers' ACT2FN. None: the identity."},
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": "True: an edit that is zero at the start where the intervention allows it. 'reference': the draws "
+            "of the paper's code. False: a random edit, to test with."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules apart from the adapter that are trained and saved, such as a classification head."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Indices of tokens whose embeddings are trained and saved, or a mapping from the names of embedding "
+            "modules to such indices."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = REFT
+        if isinstance(self.layers_to_transform, range | tuple | set):
+            self.layers_to_transform = list(self.layers_to_transform)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, set | tuple):
+                setattr(self, name, sorted(value))
+        if self.intervention not in VARIANTS:
+            raise ValueError(f"intervention={self.intervention!r} is unknown. Choose one of {', '.join(VARIANTS)}.")
+        Positions.parse(self.positions)
+        self._check_ranks()
+        self._check_layers()
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} is not a probability: give a number from 0 up to, but not, 1.")
+        if self.act_fn is not None and self.act_fn not in ACT2FN:
+            raise ValueError(
+                f"act_fn={self.act_fn!r} is unknown. Choose a name from transformers.activations.ACT2FN "
+                f"({', '.join(sorted(ACT2FN))}), or None for the identity."
+            )
+        if self.init_weights not in (True, False, "reference") or isinstance(self.init_weights, int | float) and (
+            not isinstance(self.init_weights, bool)
+        ):
+            raise ValueError(f"init_weights={self.init_weights!r} is unknown. Choose True, 'reference' or False.")
+
+    def _check_ranks(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(
+                    f"{name}={rank!r} is not a rank: give a whole number from 1 to the width of the hidden states."
+                )
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is not None:
+            indices = layers if isinstance(layers, list) else [layers]
+            if not indices or not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+                raise ValueError(
+                    f"layers_to_transform={layers!r} names no layers: give a list of indices, or None for every layer."
+                )
+            if len(set(indices)) < len(indices):
+                raise ValueError(f"layers_to_transform={layers!r} names a layer twice: give each index once.")
+        if isinstance(self.target_modules, str):
+            if self.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                raise ValueError(
+                    f"target_modules={self.target_modules!r} is a shorthand for linear layers, whose outputs are "
+                    "mostly no hidden states. Leave target_modules at None to edit the output of every block, or name "
+                    "modules such as ['mlp']."
+                )
+            if layers is not None or self.layers_pattern is not None:
+                raise ValueError(
+                    f"layers_to_transform and layers_pattern cannot be used with target_modules={self.target_modules!r}, "
+                    "a regular expression: name the layers in the expression, or give target_modules as a list."
+                )
+        if self.target_modules == []:
+            raise ValueError("target_modules=[] names no module: leave it at None to edit the output of every block.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does; a model card that lies in the folder is told how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        describe_use(save_directory)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,152 @@
+"""The hooks of an adapted model: they give every call of it a plan, and pass the output of adapted modules through ReFT.
+
+They find what they need through the module that they are given, so that a copy of a model works with its own parts.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from peft.utils.peft_types import TaskType
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from . import plan as plans
+from .config import ReftConfig
+from .layer import LAYER, ReftLayer
+
+
+def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of an adapted module: pass its output, a tensor or the first of a tuple, through its `ReftLayer`."""
+    layer = module._modules[LAYER]
+    if not layer.adapters_in_use:
+        return None
+    hidden_states = output[0] if isinstance(output, tuple) else output
+    plan = plans.current_plan()
+    if module.training and not torch.compiler.is_compiling():
+        # Activation checkpointing may run the module again in the backward pass, when the call is over.
+        others = plans.tensors_among(args[1:], kwargs)
+        if plan is None:
+            plan = plans.recall(others)
+        else:
+            plans.remember(plan, others)
+    if plan is None:
+        raise RuntimeError(
+            f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its tokens "
+            "are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
+        )
+    if not isinstance(hidden_states, torch.Tensor) or hidden_states.shape[-1] != layer.d:
+        given = f"of shape {list(hidden_states.shape)}" if isinstance(hidden_states, torch.Tensor) else type(hidden_states)
+        raise ValueError(
+            f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states of width {layer.d}: "
+            "choose other target_modules, or None for the blocks."
+        )
+    edited = layer(hidden_states, plan)
+    return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+
+def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of a model: make the plan of the call, and keep `prompt_lengths` from the model."""
+    role: plans.Role = module._reft_role  # type: ignore[assignment]
+    outer = plans.current_plan()
+    if outer is not None and outer.role.family is role.family and outer.owner is not module:
+        return None  # part of a call that has its plan
+    arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
+    arguments = {name: arguments[name] for name in plans.TELLING if arguments.get(name) is not None}
+    generation = plans.current_generation()
+    if generation is not None and (generation.family is not role.family or role.kind == "whole"):
+        generation = None
+    plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer))
+    kwargs.pop("prompt_lengths", None)
+    return args, kwargs
+
+
+def end_call(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of a model, called after errors too: the plan ends with the call that made it."""
+    plan = plans.current_plan()
+    if plan is not None and plan.owner is module:
+        plans.set_plan(plan.outer)
+
+
+class Generate:
+    """The `generate` of an adapted model: remembers the prompt for as long as the call lasts.
+
+    An object rather than a bound method, so that a copy of the model, pickled or not, generates with the copy.
+    """
+
+    def __init__(self, model: GenerationMixin, family: plans.Family):
+        self.model = model
+        self.family = family
+        self.replaced = vars(model).get("generate")  # what another package may have put there
+        self.__doc__ = model.generate.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outer = plans.current_generation()
+        plans.set_generation(plans.Generation.of(self.model, self.family, args, kwargs, outer))
+        try:
+            if self.replaced is not None:
+                return self.replaced(*args, **kwargs)
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            plans.set_generation(outer)
+
+
+def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that have a `ReftLayer`, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m._modules.get(LAYER), ReftLayer)}
+
+
+def hook_module(module: nn.Module, layer: ReftLayer) -> None:
+    """Make `layer` a child of `module` and pass the module's output through it."""
+    module.add_module(LAYER, layer)
+    # First of the module's hooks, so that others (transformers' records of hidden states) see the edit.
+    module._reft_handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)  # type: ignore[assignment]
+
+
+def hook_model(model: nn.Module, config: ReftConfig) -> None:
+    """Hook the models around every adapted module, so that each call of them has a plan."""
+    callers: dict[str, str] = {}  # path of a model whose calls have a plan -> kind of its role
+    for name in adapted_modules(model):
+        parts = name.split(".")
+        paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
+        around = [path for path in paths if isinstance(model.get_submodule(path), PreTrainedModel)] or [""]
+        outermost = model.get_submodule(around[0])
+        if getattr(getattr(outermost, "config", None), "is_encoder_decoder", False):
+            # Encoder and decoder have sequences of their own.
+            is_decoder = model.get_submodule(around[-1]) in set(outermost.get_decoder().modules())  # type: ignore[operator]
+            callers[around[-1]] = "decoder" if is_decoder else "whole"
+        else:
+            continues = isinstance(outermost, GenerationMixin) and outermost.can_generate()
+            is_causal = continues or config.task_type == TaskType.CAUSAL_LM
+            callers |= dict.fromkeys(around, "causal" if is_causal else "whole")
+    known = [vars(module)["_reft_role"].family for module in model.modules() if "_reft_role" in vars(module)]
+    family = known[0] if known else plans.Family()
+    for path, kind in callers.items():
+        module = model.get_submodule(path)
+        if "_reft_role" not in vars(module):
+            module._reft_handles = (  # type: ignore[assignment]
+                module.register_forward_pre_hook(begin_call, with_kwargs=True),
+                module.register_forward_hook(end_call, always_call=True),
+            )
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        module._reft_role = plans.Role(family, kind, names)  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
+            module.generate = Generate(module, family)  # type: ignore[assignment,method-assign]
+
+
+def unhook_model(model: nn.Module) -> None:
+    """Take every `ReftLayer` and every hook away again."""
+    for module in adapted_modules(model).values():
+        del module._modules[LAYER]
+        vars(module).pop("_reft_handle").remove()
+    for module in model.modules():
+        if "_reft_role" in vars(module):
+            del module._reft_role
+            for handle in vars(module).pop("_reft_handles"):
+                handle.remove()
+        generate = vars(module).get("generate")
+        if isinstance(generate, Generate):
+            del module.generate
+            if generate.replaced is not None:
+                module.generate = generate.replaced

@@ -1,0 +1,96 @@
+"""The family of ReFT interventions: one module with three switches."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .config import Variant
+from .orthogonal import orthonormal_rows
+
+
+class Intervention(nn.Module):
+    """One unit: h' = h + edit(h), with edit(h) = R^T (s(h) - R h) in LoReFT (arXiv 2404.03592, equation 2).
+
+    `R` holds what is trained and saved. Where the variant asks for orthonormal rows, the projection that is used is
+    `orthonormal_rows(R)`.
+
+    Args:
+        variant (`Variant`): the three switches.
+        d (`int`): width of the hidden states.
+        r (`int`): rank of the edit, 1 <= r <= d.
+        dropout (`float`): probability of a zero in the edited hidden state, in training.
+        act_fn (`str`, *optional*): a name from `transformers.activations.ACT2FN`; the identity if None.
+    """
+
+    def __init__(self, variant: Variant, d: int, r: int, dropout: float = 0.0, act_fn: str | None = None):
+        super().__init__()
+        self.variant = variant
+        self.R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
+        self.W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
+        self.b = nn.Parameter(torch.empty(r, dtype=torch.float32))
+        self.dropout = nn.Dropout(dropout)
+        self.act_fn: Callable[[torch.Tensor], torch.Tensor] | None = ACT2FN[act_fn] if act_fn else None
+
+    @torch.no_grad()
+    def reset_parameters(self, init_weights: bool | str) -> None:
+        """Draw the parameters anew.
+
+        Args:
+            init_weights (`bool` or `str`): True for an edit that is zero where the variant allows it: W = R where R h
+                is subtracted, W = 0 where it is not, and b = 0. "reference" for the draws of pyreft. False for a random
+                edit that is not zero, to test with.
+        """
+        if self.variant.orthonormal:
+            nn.init.orthogonal_(self.R)
+        else:
+            nn.init.kaiming_uniform_(self.R, a=math.sqrt(5))  # as nn.Linear
+        bound = 1 / math.sqrt(self.R.shape[1])
+        if init_weights is True:
+            nn.init.zeros_(self.b)
+            if self.W is not None:
+                self.W.copy_(self.projection() if self.variant.subtract else torch.zeros_like(self.W))
+        elif init_weights == "reference":
+            if self.W is None:
+                nn.init.uniform_(self.b)  # as torch.rand
+            else:
+                nn.init.kaiming_uniform_(self.W, a=math.sqrt(5))
+                nn.init.uniform_(self.b, -bound, bound)
+        else:
+            nn.init.normal_(self.b)
+            if self.W is not None:
+                nn.init.normal_(self.W, std=bound)
+
+    def projection(self) -> torch.Tensor:
+        """The projection R [r, d] that is used, in float32 at least."""
+        if self.variant.orthonormal:
+            return orthonormal_rows(self.R)
+        return self.R.to(torch.promote_types(self.R.dtype, torch.float32))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Edit hidden states.
+
+        Args:
+            hidden_states (`torch.Tensor` [..., d]): any floating-point dtype.
+
+        Returns:
+            `torch.Tensor` [..., d]: h', in the dtype of `hidden_states`, computed in float32 at least.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            projection = self.projection()
+            dtype = torch.promote_types(hidden_states.dtype, projection.dtype)
+            h, projection, b = hidden_states.to(dtype), projection.to(dtype), self.b.to(dtype)
+            weight = None if self.W is None else self.W.to(dtype)
+            if weight is not None and self.act_fn is None:
+                # In one product, so that W = R makes the edit exactly zero.
+                low_rank = h @ (weight - projection if self.variant.subtract else weight).mT + b
+            else:
+                low_rank = b if weight is None else self.act_fn(h @ weight.mT + b)  # type: ignore[misc]
+                if self.variant.subtract:
+                    low_rank = low_rank - h @ projection.mT
+            return self.dropout(h + low_rank @ projection).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"r={self.R.shape[0]}, d={self.R.shape[1]}, {self.variant}"

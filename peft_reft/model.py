@@ -1,0 +1,195 @@
+"""`ReftModel`: the tuner that gives the modules of a model their `ReftLayer`s."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import ReftConfig
+from .hooks import adapted_modules, hook_model, hook_module, unhook_model
+from .layer import CANNOT_MERGE, LAYER, ReftLayer
+from .targets import find_targets, is_excluded
+
+TAG = "reft"
+
+
+class ReftModel(BaseTuner):
+    """
+    Adapts a pretrained model with ReFT: low-rank edits of its hidden states at a few tokens of the prompt.
+
+    The method is described in https://huggingface.co/papers/2404.03592. The blocks of the model stay what they are; each
+    that is adapted gets a child `reft`, a [`ReftLayer`], through which a forward hook passes its output.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        peft_config ([`ReftConfig`]): The configuration of the ReFT model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The ReFT model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_reft import ReftConfig
+
+        >>> config = ReftConfig(task_type="CAUSAL_LM", r=8, positions="f7+l7")
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+        >>> model = get_peft_model(model, config)
+        >>> model.print_trainable_parameters()
+        ```
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
+        - **peft_config** ([`ReftConfig`]): The configuration of the ReFT model.
+    """
+
+    prefix: str = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # the blocks are found, whatever the architecture
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        if state_dict is not None:  # PEFT reads from its keys which modules to adapt
+            state_dict = {key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        hook_model(model, self.peft_config[adapter_name])
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(TAG)
+
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
+        self._targets = find_targets(model, peft_config)  # all that can be wrong is found here, before any change
+
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
+        return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        d, r = self._targets[current_key]
+        layer = target._modules.get(LAYER)
+        if layer is None:
+            layer = ReftLayer(d)
+            hook_module(target, layer)
+        layer.update_layer(adapter_name, r, peft_config)
+        move_adapter(layer, adapter_name, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for module in adapted_modules(self.model).values():
+            move_adapter(module._modules[LAYER], adapter_name, module, cast=True)
+
+    # What cannot be done with ReFT
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            raise ValueError(CANNOT_MERGE)
+        unhook_model(self.model)
+        names = {name for name, config in self.peft_config.items() if config.peft_type == PeftType["REFT"]}
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= names:
+                parent, _, child = name.rpartition(".")
+                unwrapped = module.unload_and_optionally_merge_module(False, False, adapter_names)
+                setattr(self.model.get_submodule(parent), child, unwrapped)
+        for name in names:
+            del self.peft_config[name]
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        if TAG in (getattr(self.model, "model_tags", None) or []):
+            self.model.model_tags.remove(TAG)
+        return self.model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    def unmerge_adapter(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: ReFT cannot use a different adapter for each row of a batch yet. "
+                "Run one batch an adapter, with model.set_adapter(name) before it."
+            )
+        yield
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_checkpoint(model, adapter_name, state_dict)
+        return state_dict
+
+
+def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: bool = False) -> None:
+    """Put an adapter where the module is that it adapts, and in the module's dtype if `cast`."""
+    own = [p for name, p in module.named_parameters() if not name.startswith(f"{LAYER}.")]
+    dtypes = [p.dtype for p in own if p.is_floating_point()] if cast else []
+    for unit in layer.units(adapter_name).values():
+        if own and not unit.b.is_meta:
+            unit.to(device=own[0].device, dtype=dtypes[0] if dtypes else None)
+
+
+def check_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless a checkpoint has just the tensors that the adapter needs."""
+    needed = {
+        f"{name}.{LAYER}.reft_{unit}.{adapter_name}.{key}": tensor
+        for name, module in adapted_modules(model).items()
+        for unit, intervention in module._modules[LAYER].units(adapter_name).items()
+        for key, tensor in intervention.state_dict().items()
+    }
+    given = {key: tensor for key, tensor in state_dict.items() if f".{LAYER}.reft_" in key}
+    problems = [f"{key} is missing" for key in needed.keys() - given.keys()]
+    problems += [f"{key} has no place" for key in given.keys() - needed.keys()]
+    problems += [
+        f"{key} is {list(given[key].shape)}, not {list(needed[key].shape)}"
+        for key in needed.keys() & given.keys()
+        if given[key].shape != needed[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The checkpoint of adapter {adapter_name!r} does not fit its config: {'; '.join(sorted(problems)[:3])}{more}. Its "
+            "r, rank_pattern, positions, share_weights, intervention and layers must be those that it was trained with, "
+            "and so must the base model's shape."
+        )

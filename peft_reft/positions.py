@@ -1,0 +1,132 @@
+"""The position language of ReFT: which tokens of a prompt are edited.
+
+`"f7+l7"` names the first seven and the last seven tokens of the prompt, as in the paper (arXiv 2404.03592, section 4.1)
+and in pyreft; `"prompt"` is every prompt token, `"all"` every token, generated ones included.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+SYNTAX = re.compile(r"(?:f(?P<prefix>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<suffix>[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the prompts of a batch are, token by token. A row may hold several sequences, a sequence several prompts.
+
+    Attributes:
+        valid (`torch.BoolTensor` [batch, tokens]): False on padding.
+        rank (`torch.LongTensor` [batch, tokens]): index of a token in its sequence, padding not counted.
+        prefix_length (`torch.LongTensor` [batch, tokens] or [batch, 1]): length of the first prompt of the token's
+            sequence.
+        suffix_length (`torch.LongTensor` [batch, tokens] or [batch, 1]): length of the prompt that ends next after the
+            token; tokens whose rank is not below it belong to no prompt.
+        answer (`torch.BoolTensor` [batch, tokens], *optional*): True on tokens that are an answer, though a later
+            prompt of the same conversation holds them.
+        one_prompt (`bool`): whether a row is known to hold at most one prompt, whatever its values.
+    """
+
+    valid: torch.Tensor
+    rank: torch.Tensor
+    prefix_length: torch.Tensor
+    suffix_length: torch.Tensor
+    answer: torch.Tensor | None = None
+    one_prompt: bool = False
+
+
+class Rows(NamedTuple):
+    """The tokens that one unit edits, in a form whose shape does not depend on the data.
+
+    Attributes:
+        indices (`torch.LongTensor` [batch, n], *optional*): distinct columns that hold every edited token; None for
+            all columns.
+        mask (`torch.BoolTensor` [batch, n], *optional*): which of these columns are edited; None for all.
+    """
+
+    indices: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A parsed choice of positions: `prefix` first tokens and `suffix` last tokens, or one of the two whole spans."""
+
+    prefix: int = 0
+    suffix: int = 0
+    span: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Positions":
+        """Read `"f<n>"`, `"l<n>"`, `"f<n>+l<m>"`, `"prompt"` or `"all"`.
+
+        Raises:
+            ValueError: if `text` is none of these.
+        """
+        if text in ("prompt", "all"):
+            return cls(span=text)
+        match = SYNTAX.fullmatch(text) if isinstance(text, str) else None
+        prefix, suffix = (int(match["prefix"] or 0), int(match["suffix"] or 0)) if match else (0, 0)
+        if match is None or not (prefix or suffix) or bool(match["plus"]) != bool(prefix and suffix):
+            raise ValueError(
+                f"positions={text!r} cannot be read. Write 'f<n>' for the first n tokens of the prompt, 'l<n>' for the "
+                "last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt token or "
+                "'all' for every token: for example positions='f7+l7'."
+            )
+        return cls(prefix, suffix)
+
+    @property
+    def need_end(self) -> bool:
+        """Whether the prompt's end must be known to find them."""
+        return bool(self.suffix) or self.span == "prompt"
+
+    def __str__(self) -> str:
+        parts = [f"f{self.prefix}" if self.prefix else "", f"l{self.suffix}" if self.suffix else ""]
+        return self.span or "+".join(filter(None, parts))
+
+    def units(self, share_weights: bool) -> tuple[str, ...]:
+        """The names of the units that edit these positions: one each for prefix and suffix, or one for all."""
+        return ("prefix", "suffix") if self.prefix and self.suffix and not share_weights else ("unit",)
+
+    def most(self, unit: str) -> int | None:
+        """The most tokens of one prompt that a unit edits; None if only the prompt's length bounds them."""
+        if self.span:
+            return None
+        return {"prefix": self.prefix, "suffix": self.suffix, "unit": self.prefix + self.suffix}[unit]
+
+    def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Mark the tokens to edit.
+
+        A prefix and a suffix that would overlap are cut to half the prompt each, as in pyreft's
+        `get_intervention_locations`, so that no token is edited twice.
+
+        Returns:
+            `dict[str, torch.BoolTensor [batch, tokens]]`: a mask for each of `units`.
+        """
+        if self.span == "all":
+            return {"unit": spans.valid}
+        given = spans.valid if spans.answer is None else spans.valid & ~spans.answer
+        if self.span == "prompt":
+            return {"unit": given & (spans.rank < spans.suffix_length)}
+        share = 2 if self.prefix and self.suffix else 1
+        prefix_end = (spans.prefix_length // share).clamp(max=self.prefix)
+        suffix_start = spans.suffix_length - (spans.suffix_length // share).clamp(max=self.suffix)
+        prefix = spans.valid & (spans.rank < prefix_end)
+        suffix = given & (spans.rank >= suffix_start) & (spans.rank < spans.suffix_length)
+        return {"prefix": prefix, "suffix": suffix} if len(units) == 2 else {"unit": prefix | suffix}
+
+
+def to_rows(mask: torch.Tensor, most: int | None) -> Rows:
+    """Turn a mask into the rows to gather.
+
+    Args:
+        mask (`torch.BoolTensor` [batch, tokens]): the tokens to edit.
+        most (`int`, *optional*): a bound on the number of them in a row, known without looking at values.
+    """
+    if most is None or most >= mask.shape[1]:
+        return Rows(None, mask)
+    # Edited tokens first, then others: the columns stay distinct, so that the put-back writes none twice.
+    indices = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
+    return Rows(indices, mask.gather(1, indices))

@@ -1,0 +1,192 @@
+"""Finding the modules that a config adapts: transformer blocks of any model, or the modules that it names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from .config import ReftConfig
+from .layer import ReftLayer
+
+def is_excluded(config: ReftConfig, key: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` take a module out, by PEFT's own rules."""
+    names_it = ReftConfig(
+        target_modules=[key], exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save
+    )
+    return isinstance(check_target_module_exists(names_it, key), _ExcludedModule)
+
+
+def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> list[str]:
+    """Find the transformer blocks of a model, whatever its architecture: the elements of its list of layers.
+
+    Of an encoder-decoder model these are the encoder's, of a vision-language model the language model's.
+
+    Args:
+        model (`nn.Module`): any model.
+        layers_pattern (`list[str]` or `str`, *optional*): the last part of the name of the list of layers.
+
+    Returns:
+        `list[str]`: the names of the blocks in `model`, in order.
+
+    Raises:
+        ValueError: if there is no list of layers, or several.
+    """
+    root = model
+    if isinstance(model, PreTrainedModel):
+        if model.config.is_encoder_decoder:
+            root = model.get_encoder()
+        elif model.can_generate():
+            root = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is root)
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules(prefix=prefix):
+        outermost = not any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and outermost:
+            lists[name] = module
+    if layers_pattern is not None:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        found = [name for name in lists if any(name == p or name.endswith(f".{p}") for p in patterns)]
+    else:
+        depth = getattr(text_config(root), "num_hidden_layers", None)
+        found = [name for name in lists if isinstance(lists[name][0], GradientCheckpointingLayer)]
+        found = found or [name for name in lists if len(lists[name]) == depth] or list(lists)
+    if len(found) != 1:
+        among = ", ".join(repr(name) for name in (found or lists)) or "none"
+        raise ValueError(
+            f"Cannot tell which list of {type(model).__name__} holds its layers"
+            + (f" with layers_pattern={layers_pattern!r}" if layers_pattern is not None else "")
+            + f" (lists of modules: {among}). Name it with layers_pattern, or name the modules to adapt with target_modules."
+        )
+    return [f"{found[0]}.{index}" for index in range(len(lists[found[0]]))]
+
+
+def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, int]]:
+    """Find the modules that a config adapts.
+
+    Args:
+        model (`nn.Module`): the model.
+        config (`ReftConfig`): the config.
+
+    Returns:
+        `dict[str, tuple[int, int]]`: name of each module, with the width of its output and the rank of its edits.
+
+    Raises:
+        ValueError: if the config matches nothing, names what is not there, or what puts out no hidden state.
+    """
+    if config.target_modules is None:
+        layers = dict(enumerate(find_blocks(model, config.layers_pattern)))
+        names = choose_layers(config, {name: index for index, name in layers.items()})
+    else:
+        names = find_named(model, config)
+    names = [name for name in names if not is_excluded(config, name)]
+    if not names:
+        raise ValueError(
+            f"exclude_modules={config.exclude_modules!r} and modules_to_save={config.modules_to_save!r} leave no module "
+            "to adapt."
+        )
+    targets = {}
+    for name in names:
+        d = output_width(model, name)
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        if r > d:
+            raise ValueError(
+                f"r={r} is above the width of the hidden states that {name!r} puts out: give a rank from 1 to {d}."
+            )
+        targets[name] = (d, r)
+    return targets
+
+
+def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
+    """The modules that `target_modules` names, in the layers that are chosen."""
+    bare = ReftConfig(target_modules=config.target_modules)
+    modules = dict(model.named_modules())
+    adapters = [name for name, module in modules.items() if isinstance(module, ReftLayer)]
+    names = [
+        name
+        for name in modules
+        if name and check_target_module_exists(bare, name) and not any(f"{name}.".startswith(f"{a}.") for a in adapters)
+    ]
+    if not names:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} match no module of {type(model).__name__}. Leave them at None to edit "
+            "the output of every block, or name modules that model.named_modules() lists."
+        )
+    if config.layers_to_transform is None:
+        return names
+    patterns = config.layers_pattern if isinstance(config.layers_pattern, list) else [config.layers_pattern or r"[^.]*"]
+    layers = {}
+    for name in names:
+        match = next(filter(None, (re.match(rf"(?:.*?\.)?{p}\.(\d+)(?:\.|$)", name) for p in patterns)), None)
+        if match:
+            layers[name] = int(match[1])
+    return choose_layers(config, layers)
+
+
+def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:
+    """The modules whose layer is among `layers_to_transform`.
+
+    Args:
+        config (`ReftConfig`): the config.
+        layers (`dict[str, int]`): index of the layer of each module.
+    """
+    if config.layers_to_transform is None:
+        return list(layers)
+    depth = max(layers.values(), default=-1) + 1
+    chosen = config.layers_to_transform
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    indices = {index: index % depth for index in chosen if -depth <= index < depth}
+    if len(indices) < len(chosen):
+        raise ValueError(
+            f"layers_to_transform={chosen} names layers that are not there: {[i for i in chosen if i not in indices]}. The "
+            f"model has {depth}: give indices from {-depth} to {depth - 1}."
+        )
+    if len(set(indices.values())) < len(indices):
+        raise ValueError(f"layers_to_transform={chosen} names a layer twice: of {depth} layers, -1 is {depth - 1}.")
+    names = [name for name, index in layers.items() if index in indices.values()]
+    if not names:
+        raise ValueError(f"layers_to_transform={chosen} matches none of {list(layers)}.")
+    return names
+
+
+def text_config(module: nn.Module) -> Any:
+    """The config of a transformers model's language model, or None."""
+    config = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def output_width(model: nn.Module, name: str) -> int:
+    """The width of what a module puts out.
+
+    Raises:
+        ValueError: if it puts out no hidden state, or its width cannot be told.
+    """
+    module = model.get_submodule(name)
+    problem = None
+    if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):
+        problem = "is a container that is never called"
+    elif isinstance(model, PreTrainedModel) and module is model.get_output_embeddings():
+        problem = "puts out logits"
+    elif next(module.parameters(), None) is None:
+        problem = "has no weights, so the width of its output is not known"
+    if problem is None:
+        for attribute in ("out_features", "embedding_dim") + (("nf",) if isinstance(module, Conv1D) else ()):
+            if isinstance(width := getattr(module, attribute, None), int):
+                return width
+        if next(module.children(), None) is None and module.weight.dim() == 1:
+            return module.weight.shape[0]  # a norm
+        names = name.split(".")
+        owners = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+        for owner in owners:
+            if isinstance(width := getattr(text_config(owner), "hidden_size", None), int):
+                return width
+        problem = "belongs to no model whose config has a hidden_size, so the width of its output is not known"
+    raise ValueError(
+        f"{name!r} cannot be adapted: it {problem}. Name modules in target_modules that put out hidden states, such as a "
+        "block, its attention or its MLP, or leave target_modules at None."
+    )
