@@ -12,8 +12,8 @@ HEADING = "## How to load this ReFT adapter"
 USE = f"""
 {HEADING}
 
-The adapter edits hidden states of its base model ([ReFT](https://huggingface.co/papers/2404.03592)). With PEFT it needs
-the package [`peft_reft`](https://pypi.org/project/peft_reft/), whose import makes the method known to PEFT:
+The adapter edits hidden states of its base model ([ReFT](https://huggingface.co/papers/2404.03592)). With PEFT it
+needs the package [`peft_reft`](https://pypi.org/project/peft_reft/), whose import makes the method known to PEFT:
 
 ```
 pip install peft_reft
@@ -42,11 +42,11 @@ def describe_use(folder: str | Path) -> None:
 def keep_card_on_push() -> None:
     """Let `push_to_hub` of a model with a ReFT adapter push the adapter's card.
 
-    transformers' `push_to_hub`, which PEFT uses, writes a blank card of a transformers model over the one that PEFT has
-    saved. The card is completed between that and the upload; adapters of other methods are pushed as ever.
+    transformers' `push_to_hub`, which PEFT uses, writes a blank card of a transformers model over the one that PEFT
+    has saved. The card is completed between that and the upload; adapters of other methods are pushed as ever.
     """
     upload: Callable[..., Any] = PeftModel._upload_modified_files
-    if hasattr(upload, "keeps_reft_card"):
+    if "keeps_reft_card" in vars(upload):
         return
 
     @functools.wraps(upload)
@@ -56,5 +56,5 @@ def keep_card_on_push() -> None:
             describe_use(working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
-    upload_with_card.keeps_reft_card = True  # type: ignore[attr-defined]
-    PeftModel._upload_modified_files = upload_with_card
+    vars(upload_with_card)["keeps_reft_card"] = True
+    PeftModel._upload_modified_files = upload_with_card  # type: ignore[assignment,method-assign]

@@ -98,8 +98,8 @@ class ReftConfig(PeftConfig):
     positions: str = field(
         default="f7+l7",
         metadata={
-            "help": "Which tokens are edited: 'f7+l7' for the first and last seven of the prompt, 'f1' or 'l3' for one "
-            "end alone, 'prompt' for every prompt token, 'all' for every token, generated ones included."
+            "help": "Which tokens are edited: 'f7+l7' for the first and last seven of the prompt, 'f1' or 'l3' for "
+            "one end alone, 'prompt' for every prompt token, 'all' for every token, generated ones included."
         },
     )
     share_weights: bool = field(
@@ -144,8 +144,8 @@ class ReftConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata={
-            "help": "Indices of tokens whose embeddings are trained and saved, or a mapping from the names of embedding "
-            "modules to such indices."
+            "help": "Indices of tokens whose embeddings are trained and saved, or a mapping from the names of "
+            "embedding modules to such indices."
         },
     )
 
@@ -170,13 +170,12 @@ class ReftConfig(PeftConfig):
                 f"act_fn={self.act_fn!r} is unknown. Choose a name from transformers.activations.ACT2FN "
                 f"({', '.join(sorted(ACT2FN))}), or None for the identity."
             )
-        if self.init_weights not in (True, False, "reference") or isinstance(self.init_weights, int | float) and (
-            not isinstance(self.init_weights, bool)
-        ):
+        if not isinstance(self.init_weights, bool) and self.init_weights != "reference":
             raise ValueError(f"init_weights={self.init_weights!r} is unknown. Choose True, 'reference' or False.")
 
     def _check_ranks(self) -> None:
-        for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
+        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
+        for name, rank in ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(
                     f"{name}={rank!r} is not a rank: give a whole number from 1 to the width of the hidden states."
@@ -201,8 +200,9 @@ class ReftConfig(PeftConfig):
                 )
             if layers is not None or self.layers_pattern is not None:
                 raise ValueError(
-                    f"layers_to_transform and layers_pattern cannot be used with target_modules={self.target_modules!r}, "
-                    "a regular expression: name the layers in the expression, or give target_modules as a list."
+                    "layers_to_transform and layers_pattern cannot be used with "
+                    f"target_modules={self.target_modules!r}, a regular expression: name the layers in the "
+                    "expression, or give target_modules as a list."
                 )
         if self.target_modules == []:
             raise ValueError("target_modules=[] names no module: leave it at None to edit the output of every block.")

@@ -1,4 +1,4 @@
-"""The hooks of an adapted model: they give every call of it a plan, and pass the output of adapted modules through ReFT.
+"""The hooks of an adapted model: they give each call of it a plan, and pass what adapted modules put out through ReFT.
 
 They find what they need through the module that they are given, so that a copy of a model works with its own parts.
 """
@@ -7,19 +7,18 @@ import inspect
 from typing import Any
 
 import torch
-from peft.utils.peft_types import TaskType
+from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from . import plan as plans
-from .config import ReftConfig
-from .layer import LAYER, ReftLayer
+from .layer import LAYER, ReftLayer, adapted_modules, layer_of
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of an adapted module: pass its output, a tensor or the first of a tuple, through its `ReftLayer`."""
-    layer = module._modules[LAYER]
-    if not layer.adapters_in_use:
+    """Forward hook of an adapted module: pass its output, a tensor or the first of a tuple, through the child."""
+    layer = layer_of(module)
+    if layer is None or not layer.adapters_in_use:
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
     plan = plans.current_plan()
@@ -32,14 +31,16 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             plans.remember(plan, others)
     if plan is None:
         raise RuntimeError(
-            f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its tokens "
-            "are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
+            f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
+            "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
     if not isinstance(hidden_states, torch.Tensor) or hidden_states.shape[-1] != layer.d:
-        given = f"of shape {list(hidden_states.shape)}" if isinstance(hidden_states, torch.Tensor) else type(hidden_states)
+        given = (
+            f"of shape {list(hidden_states.shape)}" if isinstance(hidden_states, torch.Tensor) else type(hidden_states)
+        )
         raise ValueError(
-            f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states of width {layer.d}: "
-            "choose other target_modules, or None for the blocks."
+            f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states of width "
+            f"{layer.d}: choose other target_modules, or None for the blocks."
         )
     edited = layer(hidden_states, plan)
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
@@ -91,11 +92,6 @@ class Generate:
             plans.set_generation(outer)
 
 
-def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that have a `ReftLayer`, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m._modules.get(LAYER), ReftLayer)}
-
-
 def hook_module(module: nn.Module, layer: ReftLayer) -> None:
     """Make `layer` a child of `module` and pass the module's output through it."""
     module.add_module(LAYER, layer)
@@ -103,20 +99,20 @@ def hook_module(module: nn.Module, layer: ReftLayer) -> None:
     module._reft_handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)  # type: ignore[assignment]
 
 
-def hook_model(model: nn.Module, config: ReftConfig) -> None:
+def hook_model(model: nn.Module, config: PeftConfig) -> None:
     """Hook the models around every adapted module, so that each call of them has a plan."""
     callers: dict[str, str] = {}  # path of a model whose calls have a plan -> kind of its role
     for name in adapted_modules(model):
         parts = name.split(".")
         paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
         around = [path for path in paths if isinstance(model.get_submodule(path), PreTrainedModel)] or [""]
-        outermost = model.get_submodule(around[0])
-        if getattr(getattr(outermost, "config", None), "is_encoder_decoder", False):
+        outermost: Any = model.get_submodule(around[0])
+        if isinstance(outermost, PreTrainedModel) and outermost.config.is_encoder_decoder:
             # Encoder and decoder have sequences of their own.
-            is_decoder = model.get_submodule(around[-1]) in set(outermost.get_decoder().modules())  # type: ignore[operator]
+            is_decoder = model.get_submodule(around[-1]) in set(outermost.get_decoder().modules())
             callers[around[-1]] = "decoder" if is_decoder else "whole"
         else:
-            continues = isinstance(outermost, GenerationMixin) and outermost.can_generate()
+            continues = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
             is_causal = continues or config.task_type == TaskType.CAUSAL_LM
             callers |= dict.fromkeys(around, "causal" if is_causal else "whole")
     known = [vars(module)["_reft_role"].family for module in model.modules() if "_reft_role" in vars(module)]
@@ -132,12 +128,12 @@ def hook_model(model: nn.Module, config: ReftConfig) -> None:
         module._reft_role = plans.Role(family, kind, names)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
-            module.generate = Generate(module, family)  # type: ignore[assignment,method-assign]
+            module.generate = Generate(module, family)
 
 
 def unhook_model(model: nn.Module) -> None:
     """Take every `ReftLayer` and every hook away again."""
-    for module in adapted_modules(model).values():
+    for module, _ in adapted_modules(model).values():
         del module._modules[LAYER]
         vars(module).pop("_reft_handle").remove()
     for module in model.modules():

@@ -40,8 +40,8 @@ class Intervention(nn.Module):
 
         Args:
             init_weights (`bool` or `str`): True for an edit that is zero where the variant allows it: W = R where R h
-                is subtracted, W = 0 where it is not, and b = 0. "reference" for the draws of pyreft. False for a random
-                edit that is not zero, to test with.
+                is subtracted, W = 0 where it is not, and b = 0. "reference" for the draws of pyreft. False for a
+                random edit that is not zero, to test with.
         """
         if self.variant.orthonormal:
             nn.init.orthogonal_(self.R)

@@ -1,7 +1,5 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
-from typing import Any
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -14,8 +12,8 @@ from .positions import Positions
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
 CANNOT_MERGE = (
-    "ReFT edits hidden states at some positions, which no weight of the base model can express: it cannot be merged. Keep "
-    "the adapter beside the model, in use as in storage: PeftModel.from_pretrained(base, adapter) loads it, "
+    "ReFT edits hidden states at some positions, which no weight of the base model can express: it cannot be merged. "
+    "Keep the adapter beside the model, in use as in storage: PeftModel.from_pretrained(base, adapter) loads it, "
     "model.disable_adapter() and model.unload() give the base model."
 )
 
@@ -59,7 +57,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def units(self, adapter_name: str) -> dict[str, Intervention]:
         """The units of an adapter by name: `"unit"`, or `"prefix"` and `"suffix"`."""
         units = (name.removeprefix("reft_") for name in self.adapter_layer_names)
-        return {unit: getattr(self, f"reft_{unit}")[adapter_name] for unit in units if adapter_name in getattr(self, f"reft_{unit}")}
+        return {
+            unit: getattr(self, f"reft_{unit}")[adapter_name]
+            for unit in units
+            if adapter_name in getattr(self, f"reft_{unit}")
+        }
 
     @property
     def adapters_in_use(self) -> list[str]:
@@ -78,7 +80,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """
         for adapter_name in self.adapters_in_use:
             units = self.units(adapter_name)
-            rows = plan.rows(self.positions[adapter_name], tuple(units), *hidden_states.shape[:2], hidden_states.device)
+            batch, tokens = hidden_states.shape[:2]
+            rows = plan.rows(self.positions[adapter_name], tuple(units), batch, tokens, hidden_states.device)
             for unit, (indices, mask) in (rows or {}).items():
                 hidden_states = edit_rows(hidden_states, units[unit], indices, mask)
         return hidden_states
@@ -91,6 +94,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "reft." + super().__repr__()
+
+
+def layer_of(module: nn.Module) -> ReftLayer | None:
+    """The `ReftLayer` of a module, or None if it has none."""
+    layer = module._modules.get(LAYER)
+    return layer if isinstance(layer, ReftLayer) else None
+
+
+def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
+    """The modules of a model that have a `ReftLayer`, with it, by name."""
+    return {name: (module, layer) for name, module in model.named_modules() if (layer := layer_of(module)) is not None}
 
 
 def edit_rows(

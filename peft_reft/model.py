@@ -10,10 +10,11 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import ReftConfig
-from .hooks import adapted_modules, hook_model, hook_module, unhook_model
-from .layer import CANNOT_MERGE, LAYER, ReftLayer
+from .hooks import hook_model, hook_module, unhook_model
+from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
 from .targets import find_targets, is_excluded
 
 TAG = "reft"
@@ -23,8 +24,8 @@ class ReftModel(BaseTuner):
     """
     Adapts a pretrained model with ReFT: low-rank edits of its hidden states at a few tokens of the prompt.
 
-    The method is described in https://huggingface.co/papers/2404.03592. The blocks of the model stay what they are; each
-    that is adapted gets a child `reft`, a [`ReftLayer`], through which a forward hook passes its output.
+    The method is described in https://huggingface.co/papers/2404.03592. The blocks of the model stay what they are;
+    each that is adapted gets a child `reft`, a [`ReftLayer`], through which a forward hook passes its output.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
@@ -69,22 +70,24 @@ class ReftModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         if state_dict is not None:  # PEFT reads from its keys which modules to adapt
-            state_dict = {key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()}
+            state_dict = {
+                key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
+            }
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
-        if hasattr(model, "add_model_tags"):
+        if isinstance(model, PreTrainedModel):
             model.add_model_tags(TAG)
 
-    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         self._targets = find_targets(model, peft_config)  # all that can be wrong is found here, before any change
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
         return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: ReftConfig,
         adapter_name: str,
@@ -95,7 +98,7 @@ class ReftModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         d, r = self._targets[current_key]
-        layer = target._modules.get(LAYER)
+        layer = layer_of(target)
         if layer is None:
             layer = ReftLayer(d)
             hook_module(target, layer)
@@ -106,12 +109,12 @@ class ReftModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for module in adapted_modules(self.model).values():
-            move_adapter(module._modules[LAYER], adapter_name, module, cast=True)
+        for module, layer in adapted_modules(self.model).values():
+            move_adapter(layer, adapter_name, module, cast=True)
 
     # What cannot be done with ReFT
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -131,8 +134,8 @@ class ReftModel(BaseTuner):
             del self.peft_config[name]
         if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        if TAG in (getattr(self.model, "model_tags", None) or []):
-            self.model.model_tags.remove(TAG)
+        if isinstance(self.model, PreTrainedModel) and self.model.model_tags:
+            self.model.model_tags = [tag for tag in self.model.model_tags if tag != TAG]
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -145,8 +148,8 @@ class ReftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: ReFT cannot use a different adapter for each row of a batch yet. "
-                "Run one batch an adapter, with model.set_adapter(name) before it."
+                f"adapter_names={kwargs['adapter_names']!r}: ReFT cannot use a different adapter for each row of a "
+                "batch yet. Run one batch an adapter, with model.set_adapter(name) before it."
             )
         yield
 
@@ -174,8 +177,8 @@ def check_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     """Raise a ValueError unless a checkpoint has just the tensors that the adapter needs."""
     needed = {
         f"{name}.{LAYER}.reft_{unit}.{adapter_name}.{key}": tensor
-        for name, module in adapted_modules(model).items()
-        for unit, intervention in module._modules[LAYER].units(adapter_name).items()
+        for name, (_, layer) in adapted_modules(model).items()
+        for unit, intervention in layer.units(adapter_name).items()
         for key, tensor in intervention.state_dict().items()
     }
     given = {key: tensor for key, tensor in state_dict.items() if f".{LAYER}.reft_" in key}
@@ -189,7 +192,7 @@ def check_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(
-            f"The checkpoint of adapter {adapter_name!r} does not fit its config: {'; '.join(sorted(problems)[:3])}{more}. Its "
-            "r, rank_pattern, positions, share_weights, intervention and layers must be those that it was trained with, "
-            "and so must the base model's shape."
+            f"The checkpoint of adapter {adapter_name!r} does not fit its config: "
+            f"{'; '.join(sorted(problems)[:3])}{more}. Its r, rank_pattern, positions, share_weights, intervention "
+            "and layers must be those that it was trained with, and so must the base model's shape."
         )

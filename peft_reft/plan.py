@@ -1,8 +1,8 @@
 """What one forward is: where its prompts begin and end, and which tokens each unit edits.
 
 A `Plan` belongs to one call of the model. It lies in thread-local storage while the call lasts, where every adapted
-module finds it (torch.compile traces `threading.local`, but not a `ContextVar`). A `Generation` lasts as long as a call
-of `generate` and holds the prompt that the call was given.
+module finds it (torch.compile traces `threading.local`, but not a `ContextVar`). A `Generation` lasts as long as a
+call of `generate` and holds the prompt that the call was given.
 """
 
 import threading
@@ -94,8 +94,8 @@ def remember(plan: "Plan | None", tensors: list[torch.Tensor]) -> None:
 def recall(tensors: list[torch.Tensor]) -> "Plan | None":
     """The plan of the call in which a module was given these very tensors; None unless it is certain.
 
-    Activation checkpointing runs modules a second time in the backward pass, when their call is over and others may have
-    followed, but with the same masks and position embeddings.
+    Activation checkpointing runs modules a second time in the backward pass, when their call is over and others may
+    have followed, but with the same masks and position embeddings.
     """
     plans = [plan for plan in map(_remembered.get, tensors) if plan is not None]
     return plans[0] if plans and all(plan is plans[0] for plan in plans) else None
@@ -169,7 +169,8 @@ def valid_tokens(attention_mask: Any, past: int, tokens: int) -> torch.Tensor | 
         attended = mask if mask.dtype == torch.bool or not mask.is_floating_point() else mask > -1
         attended = attended.bool().flatten(1, -3).any(1) if mask.dim() == 4 else attended.bool()  # [batch, queries, k]
         # A token is no padding if it is attended to: by itself, or by all, where the mask is the same for all.
-        mask = attended[:, 0] if attended.shape[1] == 1 else attended[..., -attended.shape[1] :].diagonal(dim1=1, dim2=2)
+        queries = attended.shape[1]
+        mask = attended[:, 0] if queries == 1 else attended[..., -queries:].diagonal(dim1=1, dim2=2)
     mask = mask.bool()
     if mask.shape[1] == tokens and past:
         mask = torch.cat([mask.new_ones(mask.shape[0], past), mask], dim=1)
@@ -251,21 +252,21 @@ def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: 
     if not isinstance(lengths, torch.Tensor) or lengths.is_floating_point() or tuple(lengths.shape) != (batch,):
         given = f"{lengths.dtype} {list(lengths.shape)}" if isinstance(lengths, torch.Tensor) else repr(lengths)
         raise ValueError(
-            f"prompt_lengths is {given}, but must be a LongTensor [{batch}]: for each row of the batch the number of its "
-            "prompt's tokens, padding not counted."
+            f"prompt_lengths is {given}, but must be a LongTensor [{batch}]: for each row of the batch the number of "
+            "its prompt's tokens, padding not counted."
         )
     lengths = lengths.to(valid.device).long().unsqueeze(1)
     tokens = valid.sum(1, keepdim=True)
     check(
         ((lengths >= 0) & (lengths <= tokens)).all(),
-        f"prompt_lengths {_values(lengths)} must lie between 0 and the number of tokens in the row, padding not counted: "
-        f"{_values(tokens)}.",
+        f"prompt_lengths {_values(lengths)} must lie between 0 and the number of tokens in the row, padding not "
+        f"counted: {_values(tokens)}.",
     )
     if sequences is not None:
         check(
             (sequences.masked_fill(~valid, 0).amax(1) <= sequences.masked_fill(~valid, valid.shape[1]).amin(1)).all(),
-            "prompt_lengths gives one length a row, but rows hold several sequences: pass labels instead, with -100 on "
-            "the prompts, or one sequence a row.",
+            "prompt_lengths gives one length a row, but rows hold several sequences: pass labels instead, with -100 "
+            "on the prompts, or one sequence a row.",
         )
     return Spans(valid, ranks(valid, None), lengths, lengths, one_prompt=True)
 
@@ -290,11 +291,13 @@ def before_labels(
     answer = (labels.to(valid.device) != IGNORED_LABEL) & valid
     if sequences is not None:
         # The mask of a sequence's first label tells nothing where it must be there, to keep packed sequences apart.
-        several = (sequences.amax(1, keepdim=True) > sequences.masked_fill(~valid, columns).amin(1, keepdim=True)) | packed
+        first = sequences.masked_fill(~valid, columns).amin(1, keepdim=True)
+        several = (sequences.amax(1, keepdim=True) > first) | packed
         answer = answer | ((rank == 0) & valid & several & answer.roll(-1, dims=1))
     column = torch.arange(columns, device=valid.device).expand_as(rank)
     last_valid = column.masked_fill(~valid, -1).cummax(1).values
-    before = torch.cat([last_valid.new_full((len(valid), 1), -1), last_valid[:, :-1]], dim=1)  # valid token before each
+    none = last_valid.new_full((len(valid), 1), -1)
+    before = torch.cat([none, last_valid[:, :-1]], dim=1)  # the valid token before each
     after_answer = answer.gather(1, before.clamp(min=0)) & (before >= 0)
     ends = answer & (rank > 0) & ~after_answer
 
@@ -304,9 +307,10 @@ def before_labels(
     if positions.need_end:
         check(
             (ended | ~answered | ~valid).all(),
-            f"positions='{positions}' need a prompt to end before the answer, but a sequence has labels from its first "
-            "token on. Give labels of -100 to the prompt (TRL: prompt-completion data with completion_only_loss, or "
-            "conversations with assistant_only_loss), or choose positions that need no end: 'f<n>' or 'all'.",
+            f"positions='{positions}' need a prompt to end before the answer, but a sequence has labels from its "
+            "first token on. Give labels of -100 to the prompt (TRL: prompt-completion data with "
+            "completion_only_loss, or conversations with assistant_only_loss), or choose positions that need no end: "
+            "'f<n>' or 'all'.",
         )
     prefix_length = per_sequence(rank.masked_fill(~ends, columns), sequences, "amin").where(ended, length)
 
@@ -383,7 +387,8 @@ class Generation:
         valid = self.valid
         if batch % len(valid):
             raise ValueError(
-                f"generate was given {len(valid)} prompts, but the model {batch} rows: ReFT cannot tell whose they are."
+                f"generate was given {len(valid)} prompts, but the model {batch} rows: ReFT cannot tell whose they "
+                "are."
             )
         whole = whole_sequences(valid)
         beyond = (0, max(0, end - valid.shape[1]))  # tokens that were generated: in no prompt
@@ -422,13 +427,20 @@ class Plan:
     generation: Generation | None = None
     outer: "Plan | None" = None
     _window: tuple[int, int] | None = None
+    _past: int | torch.Tensor = 0
     _rows: dict[Any, dict[str, Rows] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.generation is not None:
+        # Before the call goes on: blocks add to the cache.
+        if self.generation is None:
+            past = cached_tokens(find_cache(self.arguments)) if self.role.kind != "whole" else 0
+            self._past = past.clone() if isinstance(past, torch.Tensor) else past
+        else:
             tokens = given_tokens(self.arguments)
             if tokens is None:
-                raise ValueError(f"In generate the model was given neither input_ids nor inputs_embeds: {list(self.arguments)}.")
+                raise ValueError(
+                    f"In generate the model was given neither input_ids nor inputs_embeds: {list(self.arguments)}."
+                )
             self._window = self.generation.window(tokens, find_cache(self.arguments) is not None)
 
     @cached_property
@@ -456,7 +468,9 @@ class Plan:
         key = (positions, units, batch, tokens, device)
         if key not in self._rows:
             if self.owner is None:
-                raise RuntimeError("A module was recomputed in the backward pass with adapters that its forward did not use.")
+                raise RuntimeError(
+                    "A module was recomputed in the backward pass with adapters that its forward did not use."
+                )
             spans = self._find_spans(positions, batch, tokens, device)
             if spans is None:
                 everything = {"unit": Rows(None, None)} if positions.span == "all" else None
@@ -473,13 +487,13 @@ class Plan:
         given = given_tokens(arguments)
         if given is not None and given != tokens:
             raise ValueError(
-                f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden states "
-                "of the model's tokens: choose other target_modules, or None for the blocks."
+                f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "
+                "states of the model's tokens: choose other target_modules, or None for the blocks."
             )
         if self.generation is not None:
             return None if self._window is None else self.generation.spans(self._window, batch, device)
         lengths = arguments.get("prompt_lengths")
-        past = cached_tokens(find_cache(arguments)) if self.role.kind != "whole" else 0
+        past = self._past
         if tokens == 1 and lengths is None and (isinstance(past, torch.Tensor) or past > 0):
             return None  # one token after others goes on with an answer
         past = int(past)
@@ -507,9 +521,9 @@ class Plan:
         if self.role.kind == "decoder":
             return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."
         return message + (
-            "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] with "
-            "the number of tokens in each prompt, padding not counted: a data collator can add it to the batch. Without "
-            "training (model.eval()) the whole input is taken for the prompt."
+            "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] "
+            "with the number of tokens in each prompt, padding not counted: a data collator can add it to the batch. "
+            "Without training (model.eval()) the whole input is taken for the prompt."
         )
 
 
@@ -517,4 +531,6 @@ def _after(spans: Spans, past: int) -> Spans:
     """The tokens that come after those in the cache."""
     if not past:
         return spans
-    return Spans(spans.valid[:, past:], spans.rank[:, past:], spans.prefix_length, spans.suffix_length, one_prompt=True)
+    return Spans(
+        spans.valid[:, past:], spans.rank[:, past:], spans.prefix_length, spans.suffix_length, one_prompt=True
+    )

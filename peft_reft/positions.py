@@ -1,7 +1,7 @@
 """The position language of ReFT: which tokens of a prompt are edited.
 
-`"f7+l7"` names the first seven and the last seven tokens of the prompt, as in the paper (arXiv 2404.03592, section 4.1)
-and in pyreft; `"prompt"` is every prompt token, `"all"` every token, generated ones included.
+`"f7+l7"` names the first seven and the last seven tokens of the prompt, as in the paper (arXiv 2404.03592, section
+4.1) and in pyreft; `"prompt"` is every prompt token, `"all"` every token, generated ones included.
 """
 
 import re
@@ -71,9 +71,9 @@ class Positions:
         prefix, suffix = (int(match["prefix"] or 0), int(match["suffix"] or 0)) if match else (0, 0)
         if match is None or not (prefix or suffix) or bool(match["plus"]) != bool(prefix and suffix):
             raise ValueError(
-                f"positions={text!r} cannot be read. Write 'f<n>' for the first n tokens of the prompt, 'l<n>' for the "
-                "last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt token or "
-                "'all' for every token: for example positions='f7+l7'."
+                f"positions={text!r} cannot be read. Write 'f<n>' for the first n tokens of the prompt, 'l<n>' for "
+                "the last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt "
+                "token or 'all' for every token: for example positions='f7+l7'."
             )
         return cls(prefix, suffix)
 

@@ -15,8 +15,8 @@ def add_peft_type() -> PeftType:
     """
     if "REFT" not in PeftType.__members__:
         extend_enum(PeftType, "REFT", "REFT")
-        PeftType["REFT"].added_by = __package__
-    elif getattr(PeftType["REFT"], "added_by", None) != __package__:
+        vars(PeftType["REFT"])["added_by"] = __package__
+    elif vars(PeftType["REFT"]).get("added_by") != __package__:
         raise ImportError(
             "The installed PEFT has a method REFT of its own, and importing peft_reft would put another in its place. "
             "Use PEFT's (from peft import ReftConfig) and remove the import of peft_reft, or install a PEFT without "

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import ReftConfig
 from .layer import ReftLayer
+
 
 def is_excluded(config: ReftConfig, key: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` take a module out, by PEFT's own rules."""
@@ -61,7 +63,8 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
         raise ValueError(
             f"Cannot tell which list of {type(model).__name__} holds its layers"
             + (f" with layers_pattern={layers_pattern!r}" if layers_pattern is not None else "")
-            + f" (lists of modules: {among}). Name it with layers_pattern, or name the modules to adapt with target_modules."
+            + f" (lists of modules: {among}). Name it with layers_pattern, or name the modules to adapt with "
+            "target_modules."
         )
     return [f"{found[0]}.{index}" for index in range(len(lists[found[0]]))]
 
@@ -87,13 +90,13 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, i
     names = [name for name in names if not is_excluded(config, name)]
     if not names:
         raise ValueError(
-            f"exclude_modules={config.exclude_modules!r} and modules_to_save={config.modules_to_save!r} leave no module "
-            "to adapt."
+            f"exclude_modules={config.exclude_modules!r} and modules_to_save={config.modules_to_save!r} leave no "
+            "module to adapt."
         )
     targets = {}
     for name in names:
         d = output_width(model, name)
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
         if r > d:
             raise ValueError(
                 f"r={r} is above the width of the hidden states that {name!r} puts out: give a rank from 1 to {d}."
@@ -110,16 +113,20 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
     names = [
         name
         for name in modules
-        if name and check_target_module_exists(bare, name) and not any(f"{name}.".startswith(f"{a}.") for a in adapters)
+        if name
+        and check_target_module_exists(bare, name)
+        and not any(f"{name}.".startswith(f"{a}.") for a in adapters)
     ]
     if not names:
         raise ValueError(
-            f"target_modules={config.target_modules!r} match no module of {type(model).__name__}. Leave them at None to edit "
-            "the output of every block, or name modules that model.named_modules() lists."
+            f"target_modules={config.target_modules!r} match no module of {type(model).__name__}. Leave them at None "
+            "to edit the output of every block, or name modules that model.named_modules() lists."
         )
     if config.layers_to_transform is None:
         return names
-    patterns = config.layers_pattern if isinstance(config.layers_pattern, list) else [config.layers_pattern or r"[^.]*"]
+    patterns = (
+        config.layers_pattern if isinstance(config.layers_pattern, list) else [config.layers_pattern or r"[^.]*"]
+    )
     layers = {}
     for name in names:
         match = next(filter(None, (re.match(rf"(?:.*?\.)?{p}\.(\d+)(?:\.|$)", name) for p in patterns)), None)
@@ -143,8 +150,9 @@ def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:
     indices = {index: index % depth for index in chosen if -depth <= index < depth}
     if len(indices) < len(chosen):
         raise ValueError(
-            f"layers_to_transform={chosen} names layers that are not there: {[i for i in chosen if i not in indices]}. The "
-            f"model has {depth}: give indices from {-depth} to {depth - 1}."
+            f"layers_to_transform={chosen} names layers that are not there: "
+            f"{[i for i in chosen if i not in indices]}. The model has {depth}: give indices from {-depth} to "
+            f"{depth - 1}."
         )
     if len(set(indices.values())) < len(indices):
         raise ValueError(f"layers_to_transform={chosen} names a layer twice: of {depth} layers, -1 is {depth - 1}.")
@@ -156,8 +164,7 @@ def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:
 
 def text_config(module: nn.Module) -> Any:
     """The config of a transformers model's language model, or None."""
-    config = getattr(module, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return module.config.get_text_config() if isinstance(module, PreTrainedModel) else getattr(module, "config", None)
 
 
 def output_width(model: nn.Module, name: str) -> int:
@@ -178,8 +185,9 @@ def output_width(model: nn.Module, name: str) -> int:
         for attribute in ("out_features", "embedding_dim") + (("nf",) if isinstance(module, Conv1D) else ()):
             if isinstance(width := getattr(module, attribute, None), int):
                 return width
-        if next(module.children(), None) is None and module.weight.dim() == 1:
-            return module.weight.shape[0]  # a norm
+        weight = getattr(module, "weight", None)
+        if next(module.children(), None) is None and isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            return weight.shape[0]  # a norm
         names = name.split(".")
         owners = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
         for owner in owners:
@@ -187,6 +195,6 @@ def output_width(model: nn.Module, name: str) -> int:
                 return width
         problem = "belongs to no model whose config has a hidden_size, so the width of its output is not known"
     raise ValueError(
-        f"{name!r} cannot be adapted: it {problem}. Name modules in target_modules that put out hidden states, such as a "
-        "block, its attention or its MLP, or leave target_modules at None."
+        f"{name!r} cannot be adapted: it {problem}. Name modules in target_modules that put out hidden states, such "
+        "as a block, its attention or its MLP, or leave target_modules at None."
     )

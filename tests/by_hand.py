@@ -1,0 +1,100 @@
+"""Tiny models, and ReFT by hand: plain hooks on a base model that edit the columns which a test lists."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 64
+
+
+def make_llama(layers: int = 3, **options) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, num_hidden_layers=layers, initializer_range=0.2, **shape, **special, **options
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, pad_token_id=0, eos_token_id=None
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def gram_schmidt(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows made orthonormal one after the other, in float64."""
+    rows: list[torch.Tensor] = []
+    for row in matrix.double():
+        for other in rows + rows:  # twice is enough
+            row = row - (row @ other) * other
+        rows.append(row / row.norm())
+    return torch.stack(rows)
+
+
+def edit_by_hand(tensors: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor:
+    """LoReFT of one hidden state [d], in float64: h + R^T (W h + b - R h)."""
+    rotation, h64 = gram_schmidt(tensors["R"]), h.double()
+    source = tensors["W"].double() @ h64 + tensors["b"].double()
+    return (h64 + rotation.T @ (source - rotation @ h64)).to(h.dtype)
+
+
+class ByHand:
+    """The base model with LoReFT by hand, sharing the adapter's tensors and nothing of the package's code."""
+
+    def __init__(self, base: nn.Module, model: PeftModel, adapter: str = "default"):
+        self.base = base
+        self.tensors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}  # block -> unit -> tensors
+        for name, tensor in model.get_base_model().state_dict().items():
+            if ".reft." in name:
+                block, _, rest = name.partition(".reft.")
+                unit, name_of_adapter, tensor_name = rest.split(".")
+                if name_of_adapter == adapter:
+                    unit = unit.removeprefix("reft_")
+                    self.tensors.setdefault(block, {}).setdefault(unit, {})[tensor_name] = tensor.detach()
+
+    @contextmanager
+    def edits(self, columns: dict[str, list[list[int]]]) -> Iterator[None]:
+        """Edit, in each unit, the listed columns of each row."""
+        handles = []
+        for block, units in self.tensors.items():
+
+            def hook(module, args, output, units=units):
+                hidden_states = (output[0] if isinstance(output, tuple) else output).clone()
+                assert units.keys() == columns.keys(), "the test lists columns for other units"
+                for unit, rows in columns.items():
+                    for row, listed in enumerate(rows):
+                        for column in listed:
+                            if column < hidden_states.shape[1]:
+                                hidden_states[row, column] = edit_by_hand(units[unit], hidden_states[row, column])
+                return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+            handles.append(self.base.get_submodule(block).register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def logits(self, columns: dict[str, list[list[int]]], **inputs) -> torch.Tensor:
+        with self.edits(columns):
+            return self.base(**inputs).logits
+
+    @torch.no_grad()
+    def generate(self, columns: dict[str, list[list[int]]], input_ids, attention_mask=None, new_tokens: int = 6):
+        """Greedy decoding without a cache: every step is a forward over all tokens, edited at the same columns."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for _ in range(new_tokens):
+            position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = self.logits(columns, input_ids=input_ids, attention_mask=mask, position_ids=position_ids)
+            input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return input_ids
