@@ -1,0 +1,95 @@
+import dataclasses
+import json
+
+import pytest
+from peft import PeftConfig
+
+from peft_reft import ReftConfig
+
+# Every field of the design's section 7, with a value that is not its default
+VALUES = dict(
+    task_type="CAUSAL_LM",
+    intervention="direft",
+    r=3,
+    rank_pattern={"layers.1": 2},
+    positions="f2+l5",
+    share_weights=True,
+    layers_to_transform=[0, -1],
+    layers_pattern="layers",
+    target_modules=["mlp"],
+    exclude_modules=["layers.2.mlp"],
+    dropout=0.1,
+    act_fn="gelu",
+    init_weights="reference",
+    modules_to_save=["lm_head"],
+    trainable_token_indices=[1, 2],
+)
+
+
+def test_json_round_trip(tmp_path):
+    config = ReftConfig(**VALUES)
+    config.save_pretrained(tmp_path)
+    for loaded in (ReftConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
+        assert isinstance(loaded, ReftConfig)
+        assert loaded == config
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "REFT" and {name: saved[name] for name in VALUES} == VALUES
+
+
+def test_defaults_round_trip(tmp_path):
+    ReftConfig().save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == ReftConfig()
+
+
+def test_unknown_future_fields_are_tolerated(tmp_path):
+    ReftConfig(**VALUES).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert PeftConfig.from_pretrained(tmp_path) == ReftConfig(**VALUES)
+
+
+def test_every_field_has_a_help_text():
+    for field in dataclasses.fields(ReftConfig):
+        assert field.metadata.get("help"), field.name
+        if field.name in VALUES and field.name != "task_type":
+            assert f"        {field.name} (" in ReftConfig.__doc__, field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(positions="f3+f4"), "positions='f3.f4' cannot be read"),
+        (dict(positions=""), "positions='' cannot be read"),
+        (dict(r=0), "r=0 is not a rank.*from 1"),
+        (dict(r=-1), "r=-1 is not a rank"),
+        (dict(r=2.0), "r=2.0 is not a rank"),
+        (dict(r=True), "r=True is not a rank"),
+        (dict(rank_pattern={"layers.1": 0}), "rank_pattern.'layers.1'.=0 is not a rank"),
+        (dict(intervention="lora"), "intervention='lora' is unknown.*loreft, noreft"),
+        (dict(act_fn="sigmoidal"), "act_fn='sigmoidal' is unknown.*gelu"),
+        (dict(dropout=1.0), "dropout=1.0 is not a probability"),
+        (dict(dropout=-0.1), "dropout=-0.1"),
+        (dict(dropout=float("nan")), "dropout=nan"),
+        (dict(dropout="0.1"), "dropout='0.1'"),
+        (dict(init_weights="zero"), "init_weights='zero' is unknown.*'reference'"),
+        (dict(init_weights=1), "init_weights=1 is unknown"),
+        (dict(layers_to_transform=[]), r"layers_to_transform=\[\] names no layers"),
+        (dict(layers_to_transform=["0"]), "names no layers"),
+        (dict(layers_to_transform=[0, 2, 0]), "names a layer twice"),
+        (dict(target_modules=[]), r"target_modules=\[\] names no module"),
+        (dict(target_modules="all-linear"), "shorthand for linear layers"),
+        (dict(target_modules=".*mlp", layers_to_transform=[0]), "cannot be used with target_modules='.*mlp'"),
+        (dict(task_type="CAUSAL"), "Invalid task type"),
+    ],
+)
+def test_wrong_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReftConfig(**options)
+
+
+def test_sets_and_ranges_become_lists():
+    config = ReftConfig(target_modules={"mlp", "attn"}, layers_to_transform=range(2), exclude_modules=("x",))
+    assert config.target_modules == ["attn", "mlp"]
+    assert config.layers_to_transform == [0, 1]
+    assert config.exclude_modules == ["x"]

@@ -1,0 +1,623 @@
+"""ReFT in PEFT's surface: what a user of PEFT does with an adapter works with this one."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from by_hand import VOCABULARY, ByHand, make_llama
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    LoraConfig,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_reft import ReftConfig
+
+
+def config(**options):
+    return ReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", "init_weights": False} | options)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model.eval()(input_ids=ids).logits
+
+
+@pytest.fixture
+def saved(tmp_path, adapt, ids):
+    """A base model and a trained-looking adapter on disk, and the logits of both together."""
+    base = make_llama()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, logits(model, ids)
+
+
+def base_of(path):
+    return LlamaForCausalLM.from_pretrained(path / "base")
+
+
+# The paper's settings, on the meta device
+
+SETTINGS = [  # layers, width, kind, options, trainable parameters as in the paper's tables 1 to 4
+    (32, 4096, "llama", dict(r=8, share_weights=True), 2_097_408),
+    (40, 5120, "llama", dict(r=8, share_weights=True), 3_277_120),
+    (32, 4096, "llama", dict(r=4, layers_to_transform=[3, 9, 18, 24], share_weights=False), 262_176),
+    (12, 768, "roberta", dict(r=1, positions="f1"), 18_444),
+    (24, 1024, "roberta", dict(r=1, positions="f3"), 49_176),
+]
+
+
+@pytest.mark.parametrize(("layers", "d", "kind", "options", "count"), SETTINGS)
+def test_parameter_counts_of_the_paper(layers, d, kind, options, count):
+    shape = dict(num_hidden_layers=layers, hidden_size=d, intermediate_size=4 * d, num_attention_heads=d // 64)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else RobertaModel(RobertaConfig(**shape))
+    model = get_peft_model(model, ReftConfig(**{"positions": "f7+l7"} | options))
+    assert model.get_nb_trainable_parameters()[0] == count
+
+
+# Attaching
+
+
+def test_blocks_stay_what_they_are(ids):
+    base = make_llama()
+    blocks, names = [type(block) for block in base.model.layers], list(base.state_dict())
+    model = get_peft_model(base, config())
+    assert [type(block) for block in base.model.layers] == blocks
+    assert [name for name in base.state_dict() if ".reft." not in name] == names
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".reft." in name}
+    assert "base_model.model.model.layers.0.reft.reft_prefix.default.R" in trained
+
+
+def test_zero_edit_at_the_start(ids):
+    base = make_llama()
+    expected = logits(base, ids)
+    assert torch.equal(logits(get_peft_model(base, config(init_weights=True)), ids), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_adapter_dtype(ids, dtype):
+    for autocast, expected in ((True, torch.float32), (False, dtype)):
+        model = get_peft_model(make_llama().to(dtype), config(), autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
+        assert logits(model, ids).dtype == dtype
+
+
+def test_reported_hidden_states_are_the_edited_ones(adapt, ids):
+    model, by_hand = adapt(positions="l2")
+    with torch.no_grad():
+        reported = model(input_ids=ids, output_hidden_states=True).hidden_states
+        seen = []
+        with by_hand.edits({"unit": [[10, 11]] * 2}):
+            hooks = [b.register_forward_hook(lambda m, a, o: seen.append(o)) for b in by_hand.base.model.layers]
+            by_hand.base(input_ids=ids)
+        for hook in hooks:
+            hook.remove()
+    for found, expected in zip(reported[1:-1], seen[:-1], strict=True):  # the last one is normed
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_named_modules_are_edited_at_their_output(adapt, ids):
+    model, by_hand = adapt(positions="f1+l1", target_modules=["mlp", "self_attn"], share_weights=True)
+    expected = by_hand.logits({"unit": [[0, 11]] * 2}, input_ids=ids)
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - by_hand.logits({"unit": [[]]}, input_ids=ids)).abs().max() > 0.1
+
+
+def test_rank_pattern(ids):
+    model = get_peft_model(make_llama(), config(rank_pattern={"layers.1": 2}))
+    assert [block.reft.reft_prefix["default"].R.shape[0] for block in model.get_base_model().model.layers] == [4, 2, 4]
+
+
+def test_nothing_changes_before_an_error():
+    base = make_llama()
+    before = list(base.state_dict()), {name: p.requires_grad for name, p in base.named_parameters()}
+    for options in (
+        dict(r=33),
+        dict(target_modules=["nothing"]),
+        dict(layers_to_transform=[9]),
+        dict(target_modules=["lm_head"]),
+    ):
+        with pytest.raises(ValueError):
+            get_peft_model(base, config(**options))
+    assert before == (list(base.state_dict()), {name: p.requires_grad for name, p in base.named_parameters()})
+    assert not base._forward_pre_hooks and "generate" not in vars(base) and not hasattr(base, "peft_config")
+
+
+def test_output_of_another_width_is_an_error(ids):
+    """The module's width is the config's, as far as can be told when it is adapted; what it puts out is checked."""
+    base = make_llama()
+    base.model.layers[0].mlp.act_fn = nn.PReLU()  # has a weight, so that it is not refused for having none
+    model = get_peft_model(base, config(target_modules=["act_fn"], layers_to_transform=[0], r=1))
+    with pytest.raises(ValueError, match=r"PReLU\) put out of shape \[2, 12, 64\], not hidden states of width 1"):
+        model.eval()(input_ids=ids)
+
+
+def test_output_of_other_tokens_is_an_error(adapt, ids):
+    class Halves(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[:, ::2])
+
+    base = make_llama()
+    base.extra = Halves(32, 32)
+    base.register_forward_hook(
+        lambda module, args, output: module.extra(output.logits[..., :32]) and None, prepend=True
+    )
+    model = get_peft_model(base, config(target_modules=["extra"])).eval()
+    with pytest.raises(ValueError, match="put out 6 tokens where the model was given 12"):
+        model(input_ids=ids)
+
+
+# Saving and loading
+
+
+def test_saved_files(saved):
+    path, _ = saved
+    assert {file.name for file in (path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
+    units = [f"base_model.model.model.layers.{i}.reft.reft_{unit}" for i in range(3) for unit in ("prefix", "suffix")]
+    assert tensors.keys() == {f"{unit}.{name}" for unit in units for name in "RWb"}
+    assert sum(tensor.numel() for tensor in tensors.values()) == 6 * (2 * 4 * 32 + 4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(low_cpu_mem_usage=True), dict(adapter_name="other")])
+def test_from_pretrained(saved, ids, options):
+    path, expected = saved
+    model = PeftModel.from_pretrained(base_of(path), path / "adapter", **options)
+    assert torch.equal(logits(model, ids), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+    trainable = PeftModel.from_pretrained(base_of(path), path / "adapter", is_trainable=True, **options)
+    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {
+        n for n, _ in trainable.named_parameters() if ".reft." in n
+    }
+
+
+def test_auto_class(saved, ids):
+    path, expected = saved
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(path / "adapter"), ids), expected)
+
+
+def test_pickled_weights(saved, ids):
+    path, expected = saved
+    model = PeftModel.from_pretrained(base_of(path), path / "adapter")
+    model.save_pretrained(path / "pickled", safe_serialization=False)
+    assert (path / "pickled" / "adapter_model.bin").exists()
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(path), path / "pickled"), ids), expected)
+
+
+def test_subfolder_and_selected_adapters(saved, ids):
+    path, expected = saved
+    model = PeftModel.from_pretrained(base_of(path), path / "adapter", adapter_name="first")
+    model.add_adapter("second", config(r=2))
+    model.add_adapter("third", config(r=3))
+    model.save_pretrained(path / "several", selected_adapters=["first", "second"])
+    assert {file.name for file in (path / "several").iterdir()} == {"first", "second", "README.md"}
+    loaded = PeftModel.from_pretrained(base_of(path), path / "several", subfolder="first")
+    assert torch.equal(logits(loaded, ids), expected)
+
+
+def test_state_dict_functions(saved, ids):
+    path, expected = saved
+    source = PeftModel.from_pretrained(base_of(path), path / "adapter")
+    tensors = get_peft_model_state_dict(source)
+    target = inject_adapter_in_model(config(), base_of(path), adapter_name="renamed")
+    assert not torch.equal(logits(target, ids), expected)
+    target.peft_config["renamed"].inference_mode = True
+    set_peft_model_state_dict(target, tensors, adapter_name="renamed")
+    assert torch.equal(logits(target, ids), expected)
+
+
+def test_injection_from_a_state_dict(saved, ids):
+    path, expected = saved
+    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    model = inject_adapter_in_model(config(), base_of(path), state_dict=tensors)
+    set_peft_model_state_dict(model, tensors)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(r=5), r"is \[4, 32\], not \[5, 32\]"),
+        (dict(share_weights=True), "reft_prefix.R has no place"),
+        (dict(layers_to_transform=[0, 1]), "layers.2.reft.*has no place"),
+        (dict(positions="l2"), "reft_prefix.R has no place"),
+        (dict(intervention="consreft"), "W has no place"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_its_config(saved, options, message):
+    path, _ = saved
+    model = get_peft_model(base_of(path), config(**options))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"checkpoint of adapter 'default' does not fit.*{message}.*share_weights"):
+        set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_checkpoint_with_a_missing_tensor(saved):
+    path, _ = saved
+    file = path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.1.reft.reft_suffix.W"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layers.1.reft.reft_suffix.default.W is missing"):
+        PeftModel.from_pretrained(base_of(path), path / "adapter")
+
+
+def test_transformers_load_adapter(saved, ids):
+    path, expected = saved
+    model = base_of(path)
+    model.load_adapter(str(path / "adapter"), adapter_name="reloaded")
+    assert torch.equal(logits(model, ids), expected)
+    generated = model.generate(input_ids=ids, do_sample=False, max_new_tokens=4)
+    wrapped = PeftModel.from_pretrained(base_of(path), path / "adapter")
+    assert torch.equal(generated, wrapped.generate(input_ids=ids, do_sample=False, max_new_tokens=4))
+    model.disable_adapters()
+    assert torch.equal(logits(model, ids), logits(base_of(path), ids))
+    model.enable_adapters()
+    assert model.active_adapters() == ["reloaded"]
+    model.delete_adapter("reloaded")
+    assert torch.equal(logits(model, ids), logits(base_of(path), ids))
+
+
+def test_transformers_add_adapter(saved, ids):
+    path, _ = saved
+    model = base_of(path)
+    model.add_adapter(config(), adapter_name="new")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".reft." in n
+    }
+    expected = logits(model, ids)
+    model.save_pretrained(path / "saved")
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(path), path / "saved"), ids), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path / "saved"), ids), expected)
+
+
+# Several adapters
+
+
+def test_two_adapters_of_different_shape(ids):
+    """Other rank, positions, layers and intervention: each edits as it would alone."""
+    kinds = {
+        "one": config(positions="f2+l2"),
+        "two": config(r=2, positions="l3", layers_to_transform=[0, 2], share_weights=True),
+    }
+    columns = {"one": {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, "two": {"unit": [[9, 10, 11]] * 2}}
+    base = make_llama()
+    model = get_peft_model(copy.deepcopy(base), kinds["one"], adapter_name="one")
+    model.add_adapter("two", kinds["two"])
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        by_hand = ByHand(base, model, adapter=name)
+        torch.testing.assert_close(
+            logits(model, ids), by_hand.logits(columns[name], input_ids=ids), atol=1e-5, rtol=1e-5
+        )
+        assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {name}
+    model.base_model.set_adapter(["one", "two"])  # both, one after the other
+    both = logits(model, ids)
+    with by_hand.edits(columns["one"]):
+        expected = ByHand(base, model, adapter="two").logits(columns["two"], input_ids=ids)
+    torch.testing.assert_close(both, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_delete_adapter(ids):
+    model = get_peft_model(make_llama(), config())
+    base = logits(make_llama(), ids)
+    model.add_adapter("two", config(r=2))
+    with pytest.warns(UserWarning, match="now deleted"):
+        model.delete_adapter("default")
+    assert model.active_adapter == "two" and not any(".default." in name for name in model.state_dict())
+    assert not torch.equal(logits(model, ids), base)
+    model.delete_adapter("two")
+    assert not any(".reft_" in name for name in model.state_dict())
+    assert torch.equal(logits(model.base_model.model, ids), base)
+
+
+def test_adapter_loaded_beside_another(saved, ids):
+    path, expected = saved
+    model = get_peft_model(base_of(path), config(r=2))
+    model.load_adapter(path / "adapter", adapter_name="loaded")
+    assert not torch.equal(logits(model, ids), expected)
+    model.set_adapter("loaded")
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_disable_adapter(ids):
+    model = get_peft_model(make_llama(), config()).train()
+    base = logits(make_llama(), ids)
+    edited = logits(model, ids)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), base)
+        model.train()
+        model(input_ids=ids)  # where nothing is edited, nothing needs to be told, even in training
+    assert torch.equal(logits(model, ids), edited)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_status(ids):
+    model = get_peft_model(make_llama(), config(layers_to_transform=[0, 2]))
+    model.add_adapter("two", config(positions="l1"))
+    for layers in (model.get_layer_status(), get_layer_status(model)):
+        assert [layer.name for layer in layers] == [f"model.model.layers.{i}.reft" for i in (0, 2, 1)] or len(
+            layers
+        ) == 3
+        assert {layer.module_type for layer in layers} == {"reft.ReftLayer"}
+        assert layers[0].available_adapters == ["default", "two"] and layers[0].active_adapters == ["default"]
+    status = get_model_status(model)
+    assert status.adapter_model_type == "ReftModel" and status.num_adapter_layers == 3
+    assert status.peft_types == {"default": "REFT", "two": "REFT"}
+    assert status.trainable_params == 2 * 2 * (2 * 4 * 32 + 4)
+    assert status.requires_grad == {"default": True, "two": False} and status.enabled is True
+
+
+def test_print_trainable_parameters(capsys):
+    get_peft_model(make_llama(), config()).print_trainable_parameters()
+    assert "trainable params: 1,560 ||" in capsys.readouterr().out
+
+
+def test_adapter_names_for_each_row_are_refused(ids):
+    model = get_peft_model(make_llama(), config()).eval()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="adapter_names=.*set_adapter"):
+            call(input_ids=ids, adapter_names=["default", "__base__"])
+
+
+# Taking it away again
+
+
+def test_merging_is_refused(ids):
+    model = get_peft_model(make_llama(), config())
+    edited = logits(model, ids)
+    for merge in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged.*PeftModel.from_pretrained"):
+            merge()
+    assert torch.equal(logits(model, ids), edited)
+
+
+def test_unload(ids):
+    base = make_llama()
+    expected, names = logits(base, ids), list(base.state_dict())
+    model = get_peft_model(base, config())
+    model.generate(input_ids=ids, max_new_tokens=1)
+    unloaded = model.unload()
+    assert unloaded is base and list(base.state_dict()) == names
+    assert torch.equal(logits(base, ids), expected)
+    assert "generate" not in vars(base) and not hasattr(base, "peft_config") and "reft" not in (base.model_tags or [])
+    for module in base.modules():
+        assert not module._forward_pre_hooks and not any(v for v in vars(module) if "reft" in v)
+        assert not [hook for hook in module._forward_hooks.values() if "peft_reft" in hook.__module__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not torch.equal(logits(get_peft_model(base, config()), ids), expected)  # and again
+
+
+def test_unload_of_a_copy(ids):
+    model = get_peft_model(make_llama(), config())
+    edited = logits(model, ids)
+    copy.deepcopy(model).unload()
+    assert torch.equal(logits(model, ids), edited)
+
+
+def test_pickled_model(ids):
+    model = get_peft_model(make_llama(), config()).eval()
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert torch.equal(
+        loaded.generate(ids, do_sample=False, max_new_tokens=3), model.generate(ids, do_sample=False, max_new_tokens=3)
+    )
+
+
+def test_reft_beside_lora(ids):
+    """Both are trained; unloading ReFT leaves LoRA."""
+    base = make_llama()
+    lora = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    )
+    with_lora = logits(lora, ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = inject_adapter_in_model(config(), base, adapter_name="reft")
+    assert not torch.equal(logits(model, ids), with_lora)
+    for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
+        parameter.requires_grad_(True)
+    model.train()
+    labels = ids.clone()
+    labels[:, :5] = -100
+    model(input_ids=ids, labels=labels).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n or ".reft." in n)
+
+
+# Modules and embeddings that are trained beside the adapter
+
+
+def train_a_step(model, **inputs):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model.train()
+    model(**inputs).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
+def test_modules_to_save(saved, ids):
+    path, _ = saved
+    model = get_peft_model(base_of(path), config(modules_to_save=["lm_head"]))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    train_a_step(model, input_ids=ids, labels=labels)
+    model.save_pretrained(path / "with_head")
+    loaded = PeftModel.from_pretrained(base_of(path), path / "with_head")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    head = model.get_base_model().lm_head
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    assert not hasattr(model.unload().lm_head, "modules_to_save")
+
+
+def test_trainable_token_indices(saved, ids):
+    path, _ = saved
+    model = get_peft_model(base_of(path), config(trainable_token_indices=[int(ids[0, 0]), 5]))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    before = model.get_input_embeddings().weight.clone()
+    train_a_step(model, input_ids=ids, labels=labels)
+    changed = (model.get_input_embeddings()(torch.arange(VOCABULARY)) - before).abs().amax(1) > 0
+    assert changed[ids[0, 0]] and changed.sum() <= 2
+    model.save_pretrained(path / "with_tokens")
+    loaded = PeftModel.from_pretrained(base_of(path), path / "with_tokens")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_resized_embeddings(saved, ids):
+    path, _ = saved
+    base = base_of(path)
+    base.resize_token_embeddings(VOCABULARY + 3)
+    model = get_peft_model(base, config())
+    with pytest.warns(UserWarning, match="embedding"):
+        model.save_pretrained(path / "resized")
+    target = base_of(path)
+    target.resize_token_embeddings(VOCABULARY + 3)
+    loaded = PeftModel.from_pretrained(target, path / "resized")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+# Encoders and encoder-decoders, through every Auto class
+
+BERT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    initializer_range=0.2,
+)
+KINDS = {
+    "SEQ_CLS": (BertForSequenceClassification, AutoPeftModelForSequenceClassification, torch.tensor([0, 1])),
+    "TOKEN_CLS": (BertForTokenClassification, AutoPeftModelForTokenClassification, None),
+    "QUESTION_ANS": (BertForQuestionAnswering, AutoPeftModelForQuestionAnswering, None),
+    "FEATURE_EXTRACTION": (BertModel, AutoPeftModelForFeatureExtraction, None),
+    None: (BertModel, AutoPeftModel, None),
+}
+
+
+def first_output(model, **inputs):
+    with torch.no_grad():
+        return next(iter(model.eval()(**inputs, return_dict=True).values()))
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_encoders(tmp_path, ids, task):
+    """The whole input is the prompt, whatever the labels are, in training as in use."""
+    model_class, auto_class, labels = KINDS[task]
+    torch.manual_seed(0)
+    base = model_class(BertConfig(**BERT)).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model_class.from_pretrained(tmp_path / "base"), config(task_type=task))
+    mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
+    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[10, 11], [7, 8]]}
+    found = first_output(model, input_ids=ids, attention_mask=mask)
+    by_hand = ByHand(base, model)
+    if task in ("SEQ_CLS", "TOKEN_CLS"):  # their heads were drawn anew, and are trained and saved
+        head = model.get_base_model().classifier.modules_to_save["default"]
+        base.classifier.load_state_dict(head.state_dict())
+    if task == "QUESTION_ANS":
+        base.qa_outputs.load_state_dict(model.get_base_model().qa_outputs.modules_to_save["default"].state_dict())
+    with by_hand.edits(columns):
+        expected = first_output(base, input_ids=ids, attention_mask=mask)
+    keep = slice(None) if found.dim() == 2 and task == "SEQ_CLS" else mask.bool()
+    torch.testing.assert_close(found[keep], expected[keep], atol=1e-5, rtol=1e-5)
+    assert (found - first_output(base, input_ids=ids, attention_mask=mask))[keep].abs().max() > 1e-3
+    if task == "TOKEN_CLS":  # labels of -100 on special tokens are no prompt
+        labels = torch.zeros_like(ids)
+        labels[:, [0, 11]] = -100
+    if labels is not None:
+        with torch.no_grad():
+            told = model.train()(input_ids=ids, attention_mask=mask, labels=labels).logits
+        if model.get_base_model().config.hidden_dropout_prob == 0:
+            torch.testing.assert_close(told[keep], expected[keep], atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = auto_class.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(first_output(loaded, input_ids=ids, attention_mask=mask), found)
+
+
+@pytest.fixture(scope="module")
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+def test_encoder_of_an_encoder_decoder(t5, tmp_path, ids):
+    base = t5
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        T5ForConditionalGeneration.from_pretrained(tmp_path / "base"), config(task_type="SEQ_2_SEQ_LM")
+    )
+    mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
+    inputs = dict(input_ids=ids, attention_mask=mask, labels=ids[:, :5].contiguous())
+    by_hand = ByHand(base, model)
+    assert all(block.startswith("encoder.") for block in by_hand.tensors)
+    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[10, 11], [7, 8]]}
+    expected = by_hand.logits(columns, **inputs)
+    for mode in (model.train(), model.eval()):  # labels are the decoder's
+        with torch.no_grad():
+            torch.testing.assert_close(mode(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    options = dict(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=5)
+    with by_hand.edits(columns):
+        expected = base.generate(**options)
+    assert torch.equal(model.generate(**options), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded.generate(**options), expected)
+
+
+def test_decoder_of_an_encoder_decoder_does_not_guess(t5, ids):
+    decoder = config(task_type="SEQ_2_SEQ_LM", target_modules=r"decoder\.block\.\d+", positions="l1")
+    model = get_peft_model(copy.deepcopy(t5), decoder).train()
+    with pytest.raises(ValueError, match="decoder of an encoder-decoder"):
+        model(input_ids=ids, labels=ids[:, :5].contiguous())

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from peft_reft.positions import Positions, Spans, to_rows
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("f7+l7", Positions(prefix=7, suffix=7)),
+        ("f1", Positions(prefix=1)),
+        ("l13", Positions(suffix=13)),
+        ("prompt", Positions(span="prompt")),
+        ("all", Positions(span="all")),
+    ],
+)
+def test_parse(text, expected):
+    assert Positions.parse(text) == expected
+    assert str(expected) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "f",
+        "l",
+        "+",
+        "7",
+        "f-1",
+        "f0",
+        "l0",
+        "f3+f4",
+        "l7+f7",
+        "f7l7",
+        "f7+",
+        "+l7",
+        "f7 + l7",
+        "f1.5",
+        "F7",
+        "everything",
+    ],
+)
+def test_parse_refuses(text):
+    with pytest.raises(ValueError, match=r"positions='.*' cannot be read.*'f<n>'.*'all'"):
+        Positions.parse(text)
+
+
+@pytest.mark.parametrize("value", [None, 7, ["f7"]])
+def test_parse_refuses_what_is_no_string(value):
+    with pytest.raises(ValueError, match="cannot be read"):
+        Positions.parse(value)
+
+
+def test_units():
+    assert Positions.parse("f7+l7").units(share_weights=False) == ("prefix", "suffix")
+    assert Positions.parse("f7+l7").units(share_weights=True) == ("unit",)
+    for text in ("f7", "l7", "prompt", "all"):
+        assert Positions.parse(text).units(share_weights=False) == ("unit",)
+
+
+def reference_locations(length, first_n, last_n):
+    """What pyreft's `get_intervention_locations` lists, written from its description: both ends are cut to half."""
+    if first_n and last_n:
+        first_n, last_n = min(first_n, length // 2), min(last_n, length // 2)
+    else:
+        first_n, last_n = min(first_n, length), min(last_n, length)
+    return list(range(first_n)), list(range(length - last_n, length))
+
+
+@pytest.mark.parametrize("text", ["f1+l1", "f3+l3", "f2+l5", "f5+l1", "f4", "l4"])
+def test_select_for_every_length(text):
+    positions = Positions.parse(text)
+    for length in range(1, 13):
+        valid = torch.ones(1, 12, dtype=torch.bool)
+        spans = Spans(
+            valid, torch.arange(12)[None], torch.tensor([[length]]), torch.tensor([[length]]), one_prompt=True
+        )
+        masks = positions.select(spans, positions.units(share_weights=False))
+        prefix, suffix = reference_locations(length, positions.prefix, positions.suffix)
+        listed = [mask[0].nonzero().flatten().tolist() for mask in masks.values()]
+        assert listed == ([prefix, suffix] if len(masks) == 2 else [prefix + suffix])
+        together = positions.select(spans, ("unit",))["unit"][0].nonzero().flatten().tolist()
+        assert together == sorted({*prefix, *suffix})
+
+
+def test_rows_hold_the_marked_columns_and_no_column_twice():
+    mask = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    indices, kept = to_rows(mask, 3)
+    assert indices.shape == kept.shape == (3, 3)
+    for row in range(3):
+        assert sorted(indices[row][kept[row]].tolist()) == mask[row].nonzero().flatten().tolist()
+        assert len(set(indices[row].tolist())) == 3
+    assert to_rows(mask, 6).indices is None
+    assert to_rows(mask, None).indices is None
