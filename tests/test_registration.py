@@ -59,7 +59,7 @@ def test_no_file_of_another_package_is_written():
     code = """
 import sys, peft, transformers, aenum
 opened = []
-sys.addaudithook(lambda event, args: opened.append(args) if event == "open" and set(str(args[1])) & set("wax+") else None)
+sys.addaudithook(lambda event, args: event == "open" and set(str(args[1])) & set("wax+") and opened.append(args))
 sys.dont_write_bytecode = True
 import peft_reft
 assert not opened, opened

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BASE, ADAPTER, FOLDER, SFT_ADAPTER = "user/tiny-base", "user/adapter", "user/adapter-folder", "user/sft-adapter"
+BASE, ADAPTER, FOLDER = "user/tiny-base", "user/adapter", "user/adapter-folder"
+SFT_ADAPTER, COMPLETED = "user/sft-adapter", "user/sft-adapter-completed"
 PROMPTS = ["what is the sum of two and three ?", "name a colour"]
 ANSWERS = ["it is five .", "blue ."]
 
@@ -127,6 +128,7 @@ def load_adapter(folder: Path) -> dict[str, Any]:
 def train_sft(folder: Path) -> dict[str, Any]:
     """Two steps of TRL's trainer, and its own push: adapter, tokenizer, training arguments and a card of TRL's."""
     from datasets import Dataset
+    from huggingface_hub import HfApi
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -149,6 +151,9 @@ def train_sft(folder: Path) -> dict[str, Any]:
     trainer = SFTTrainer(model=BASE, args=args, train_dataset=Dataset.from_list(rows), peft_config=reft_config())
     trainer.train()
     trainer.push_to_hub()
+    HfApi().create_repo(COMPLETED)
+    HfApi().upload_folder(repo_id=COMPLETED, folder_path=folder / "sft")
+    trainer.model.push_to_hub(COMPLETED)
     return {"logits": logits(trainer.model, AutoTokenizer.from_pretrained(BASE)), "files": sha256s(folder / "sft")}
 
 

@@ -113,6 +113,14 @@ def test_trainer_model_card(hub: Any, trained: dict[str, Any]) -> None:
     assert "reft" in front["tags"]
 
 
+def test_trainer_model_card_completed(hub: Any, trained: dict[str, Any]) -> None:
+    """Pushing the trainer's model after the trainer keeps TRL's card and adds what PEFT and ReFT have to say."""
+    front, text = card(hub, "user/sft-adapter-completed")
+    assert front["base_model"] == "user/tiny-base" and front["library_name"] == "peft"
+    assert {"reft", "trl", "sft"} <= set(front["tags"])
+    assert "pip install peft_reft" in text and "TRL" in text
+
+
 def test_server_refuses_upload_that_is_not_what_was_announced(hub: Any) -> None:
     """Else the comparisons of files above could pass on a server that mixes objects up."""
     connection = HTTPConnection("127.0.0.1", hub.server_port)

@@ -1,0 +1,235 @@
+"""TRL's SFTTrainer, unpatched and with its defaults: gradient checkpointing, its own collator and its fused loss."""
+
+import json
+
+import pytest
+import torch
+from by_hand import ByHand, make_llama
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from peft_reft import ReftConfig
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("base")
+    make_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def reft(**options):
+    return ReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2"} | options)
+
+
+def make_trainer(model, folder, data, tokenizer, eval_data=None, peft_config=None, **options):
+    defaults = dict(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=2e-2,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model_options = {"model_init_kwargs": {"dtype": "float32"}} if isinstance(model, str) else {}
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**defaults | model_options | options),
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained_tensors(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def prompt_ends(labels):
+    """Where each run of labels that are not -100 begins, row by row, found with a loop."""
+    return [[t for t in range(1, len(row)) if row[t] != -100 and row[t - 1] == -100] for row in labels.tolist()]
+
+
+def loss_by_hand(by_hand, batch):
+    """The mean loss of the base model, edited by hand before each supervised run of each row (f2+l2)."""
+    first = (batch["attention_mask"].argmax(1)).tolist()
+    columns = {"prefix": [], "suffix": []}
+    for start, ends in zip(first, prompt_ends(batch["labels"]), strict=True):
+        columns["prefix"].append([start, start + 1])
+        columns["suffix"].append([column for end in ends for column in (end - 2, end - 1)])
+    logits = by_hand.logits(columns, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()), columns
+
+
+@pytest.mark.parametrize("kind", ["pairs", "chats"])
+def test_trainer_edits_the_prompt_alone(request, tmp_path, base, tokenizer, kind):
+    """The trainer's own loss on its own batch is that of the base model edited by hand."""
+    data = request.getfixturevalue(kind)
+    options = dict(assistant_only_loss=True) if kind == "chats" else {}
+    config = reft(init_weights=False)
+    trainer = make_trainer(base, tmp_path, data, tokenizer, peft_config=config, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    by_hand = ByHand(LlamaForCausalLM.from_pretrained(base).eval(), trainer.model)
+    expected, columns = loss_by_hand(by_hand, batch)
+    assert min(map(len, columns["suffix"])) == (4 if kind == "chats" else 2)
+    found = trainer.compute_loss(trainer.model.train(), dict(batch))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with trainer.model.disable_adapter(), torch.no_grad():
+        assert abs(trainer.compute_loss(trainer.model, dict(batch)) - expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["pairs", "chats"])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(request, tmp_path, base, tokenizer, kind):
+    data = request.getfixturevalue(kind)
+    options = dict(assistant_only_loss=True) if kind == "chats" else {}
+    trainer = make_trainer(base, tmp_path, data, tokenizer, data, reft(r=8), max_steps=60, **options)
+    assert trainer.args.gradient_checkpointing
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < 0.5 * before
+    frozen = LlamaForCausalLM.from_pretrained(base).state_dict()
+    kept = trainer.model.get_base_model().state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in frozen.items())
+
+
+def test_generation_after_training(tmp_path, base, tokenizer, pairs):
+    """What was taught at the prompt's positions in training comes out in use, padded or not."""
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, peft_config=reft(r=16, positions="f4+l4"), max_steps=150)
+    trainer.train()
+    prompts = pairs["prompt"][:6]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    tokens = trainer.model.eval().generate(**batch, do_sample=False, max_new_tokens=3)
+    texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
+    assert sum(text == "blue fox twice" for text in texts) >= 5, texts
+    with trainer.model.disable_adapter():
+        tokens = trainer.model.generate(**batch, do_sample=False, max_new_tokens=3)
+    assert "blue fox twice" not in tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
+
+
+def test_checkpointing_changes_nothing(tmp_path, base, tokenizer, pairs):
+    curves = []
+    for checkpointing in (True, False):
+        set_seed(0)
+        trainer = make_trainer(base, tmp_path, pairs, tokenizer, None, reft(), gradient_checkpointing=checkpointing)
+        trainer.train()
+        curves.append(losses(trainer))
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+def test_ready_peft_model_equals_peft_config(tmp_path, base, tokenizer, pairs):
+    set_seed(0)
+    by_config = make_trainer(base, tmp_path, pairs, tokenizer, peft_config=reft())
+    set_seed(0)
+    ready = get_peft_model(LlamaForCausalLM.from_pretrained(base), reft())
+    by_model = make_trainer(ready, tmp_path, pairs, tokenizer)
+    for name, tensor in trained_tensors(by_config.model).items():
+        by_model.model.get_parameter(name).data.copy_(tensor)
+    by_config.train()
+    by_model.train()
+    assert losses(by_config) == losses(by_model)
+
+
+def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path, base, tokenizer, pairs):
+    def train(folder, resume=False, **options):
+        set_seed(0)
+        saving = dict(save_strategy="steps", save_steps=4, lr_scheduler_type="linear")
+        options = saving | options
+        trainer = make_trainer(base, folder, pairs, tokenizer, None, reft(dropout=0.1), max_steps=8, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train(tmp_path / "run")
+    resumed = train(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-4"), save_strategy="no")
+    assert losses(whole)[4:] == losses(resumed)[-4:] and len(losses(whole)) == 8
+    expected, found = trained_tensors(whole.model), trained_tensors(resumed.model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+class Spoil(TrainerCallback):
+    """Makes the adapter worse after a step, so that the last checkpoint is not the best."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step > self.after:
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.data.normal_()
+
+
+def test_load_best_model_at_end(tmp_path, base, tokenizer, pairs):
+    every = dict(eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4, max_steps=12)
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, pairs, reft(), load_best_model_at_end=True, **every)
+    trainer.add_callback(Spoil(after=8))
+    trainer.train()
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluations[2] > evaluations[1] < evaluations[0]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-8")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluations[1], abs=1e-6)
+
+
+def test_save_model(tmp_path, base, tokenizer, pairs):
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, peft_config=reft())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "REFT" and saved["base_model_name_or_path"] == base
+    assert "pip install peft_reft" in (tmp_path / "saved" / "README.md").read_text()
+    batch = tokenizer(pairs["prompt"][:3], return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).logits
+        for loaded in (
+            AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved"),
+            PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "saved"),
+        ):
+            assert torch.equal(loaded.eval()(**batch).logits, expected)
+
+
+def test_data_without_prompts(tmp_path, base, tokenizer, pairs):
+    """Plain language modelling has no prompt whose end could be edited; its beginning can be."""
+    texts = pairs.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=pairs.column_names)
+    trainer = make_trainer(base, tmp_path, texts, tokenizer, peft_config=reft())
+    with pytest.raises(ValueError, match="labels from its first token on.*prompt-completion"):
+        trainer.train()
+    for positions in ("f2", "all"):
+        trainer = make_trainer(base, tmp_path, texts, tokenizer, peft_config=reft(positions=positions))
+        trainer.train()
+        assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(packing=True, max_length=40), dict(padding_free=True, max_length=None)],
+    ids=lambda o: next(iter(o)),
+)
+def test_padding_free_loss_equals_the_padded_one(tmp_path, base, tokenizer, pairs, options):
+    """The same sequences, packed into rows: the same loss on the first batch of all data."""
+    found = []
+    for extra in ({}, options):
+        set_seed(0)
+        config = reft(init_weights=False)
+        trainer = make_trainer(base, tmp_path, pairs, tokenizer, None, config, per_device_train_batch_size=16, **extra)
+        batch = next(iter(trainer.get_train_dataloader()))
+        with torch.no_grad():
+            found.append(trainer.compute_loss(trainer.model.train(), batch).item())
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_loss_without_labels_says_what_to_do(tmp_path, base, tokenizer, pairs):
+    """TRL calls the forward without labels when the loss is computed outside of it: no guess, and a way out."""
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, None, reft(), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="prompt_lengths.*data collator"):
+        trainer.train()
