@@ -13,7 +13,7 @@ USE = f"""
 {HEADING}
 
 The adapter edits hidden states of its base model ([ReFT](https://huggingface.co/papers/2404.03592)). With PEFT it
-needs the package [`peft_reft`](https://pypi.org/project/peft_reft/), whose import makes the method known to PEFT:
+needs the package `peft_reft`, whose import makes the method known to PEFT:
 
 ```
 pip install peft_reft

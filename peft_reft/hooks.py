@@ -75,7 +75,7 @@ class Generate:
     An object rather than a bound method, so that a copy of the model, pickled or not, generates with the copy.
     """
 
-    def __init__(self, model: GenerationMixin, family: plans.Family):
+    def __init__(self, model: Any, family: plans.Family):
         self.model = model
         self.family = family
         self.replaced = vars(model).get("generate")  # what another package may have put there
@@ -128,7 +128,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
         module._reft_role = plans.Role(family, kind, names)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
-            module.generate = Generate(module, family)
+            vars(module)["generate"] = Generate(module, family)
 
 
 def unhook_model(model: nn.Module) -> None:

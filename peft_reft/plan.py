@@ -307,7 +307,7 @@ def before_labels(
     if positions.need_end:
         check(
             (ended | ~answered | ~valid).all(),
-            f"positions='{positions}' need a prompt to end before the answer, but a sequence has labels from its "
+            f"positions='{positions.text}' need a prompt to end before the answer, but a sequence has labels from its "
             "first token on. Give labels of -100 to the prompt (TRL: prompt-completion data with "
             "completion_only_loss, or conversations with assistant_only_loss), or choose positions that need no end: "
             "'f<n>' or 'all'.",
@@ -359,13 +359,14 @@ class Generation:
         if model.config.is_encoder_decoder:
             given = kwargs.get("decoder_input_ids")
             return cls(family, torch.ones(1, 1 if given is None else given.shape[1], dtype=torch.bool), seen)
-        inputs = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        inputs = [args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids")]
+        inputs = next((given for given in inputs if given is not None), None)
         if kwargs.get("attention_mask") is not None:
             valid = kwargs["attention_mask"].bool()
-        elif inputs is not None and inputs.dim() == 2 and inputs.shape[1]:
-            valid = inputs != _padding_token(model, kwargs)
         elif kwargs.get("inputs_embeds") is not None:
             valid = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.bool)
+        elif inputs is not None and inputs.dim() == 2 and inputs.shape[1]:
+            valid = inputs != _padding_token(model, kwargs)
         else:
             valid = torch.ones(1, 1, dtype=torch.bool)  # generate begins with a token of its own
         return cls(family, valid, seen)
@@ -517,7 +518,7 @@ class Plan:
         return _after(spans, past)
 
     def _no_end(self, positions: Positions) -> str:
-        message = f"In training, positions='{positions}' need to know where each prompt ends, and nothing tells. "
+        message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
         if self.role.kind == "decoder":
             return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."
         return message + (

@@ -54,6 +54,7 @@ class Rows(NamedTuple):
 class Positions:
     """A parsed choice of positions: `prefix` first tokens and `suffix` last tokens, or one of the two whole spans."""
 
+    text: str
     prefix: int = 0
     suffix: int = 0
     span: str | None = None
@@ -66,7 +67,7 @@ class Positions:
             ValueError: if `text` is none of these.
         """
         if text in ("prompt", "all"):
-            return cls(span=text)
+            return cls(text, span=text)
         match = SYNTAX.fullmatch(text) if isinstance(text, str) else None
         prefix, suffix = (int(match["prefix"] or 0), int(match["suffix"] or 0)) if match else (0, 0)
         if match is None or not (prefix or suffix) or bool(match["plus"]) != bool(prefix and suffix):
@@ -75,16 +76,12 @@ class Positions:
                 "the last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt "
                 "token or 'all' for every token: for example positions='f7+l7'."
             )
-        return cls(prefix, suffix)
+        return cls(text, prefix, suffix)
 
     @property
     def need_end(self) -> bool:
         """Whether the prompt's end must be known to find them."""
         return bool(self.suffix) or self.span == "prompt"
-
-    def __str__(self) -> str:
-        parts = [f"f{self.prefix}" if self.prefix else "", f"l{self.suffix}" if self.suffix else ""]
-        return self.span or "+".join(filter(None, parts))
 
     def units(self, share_weights: bool) -> tuple[str, ...]:
         """The names of the units that edit these positions: one each for prefix and suffix, or one for all."""

@@ -7,6 +7,7 @@ from inspect import signature
 import pytest
 import torch
 from by_hand import make_gpt2, make_llama
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -546,3 +547,14 @@ def test_checkpointing_with_another_call_before_backward(adapt, ids, by):
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "prompt", "all"])
+def test_compiled_in_one_graph_for_all_prompts(adapt, ids, positions):
+    model, _ = adapt(positions=positions)
+    counter = CompileCounter()
+    compiled = torch.compile(model.train(), fullgraph=True, backend=counter)
+    for answers in (TWO["answers"], ([(3, 12)], [(9, 12)]), ([(2, 4), (6, 12)], [])):
+        inputs = dict(input_ids=ids, labels=labels_of(ids, *answers))
+        assert compiled(**inputs).loss == model(**inputs).loss
+    assert counter.frame_count == 1

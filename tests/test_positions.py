@@ -7,16 +7,16 @@ from peft_reft.positions import Positions, Spans, to_rows
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("f7+l7", Positions(prefix=7, suffix=7)),
-        ("f1", Positions(prefix=1)),
-        ("l13", Positions(suffix=13)),
-        ("prompt", Positions(span="prompt")),
-        ("all", Positions(span="all")),
+        ("f7+l7", (7, 7, None)),
+        ("f1", (1, 0, None)),
+        ("l13", (0, 13, None)),
+        ("prompt", (0, 0, "prompt")),
+        ("all", (0, 0, "all")),
     ],
 )
 def test_parse(text, expected):
-    assert Positions.parse(text) == expected
-    assert str(expected) == text
+    positions = Positions.parse(text)
+    assert (positions.prefix, positions.suffix, positions.span) == expected and positions.text == text
 
 
 @pytest.mark.parametrize(

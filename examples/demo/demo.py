@@ -117,7 +117,7 @@ config = ReftConfig(
     r=4,
     positions="f5+l5",
     share_weights=True,
-    layers_to_transform=[depth * i // 9 for i in (1, 3, 5, 7)],
+    layers_to_transform=sorted({depth * i // 9 for i in (1, 3, 5, 7)}),
 )
 trainer = SFTTrainer(
     model=model,
@@ -126,6 +126,7 @@ trainer = SFTTrainer(
         max_steps=args.steps,
         per_device_train_batch_size=8,
         learning_rate=4e-3,
+        gradient_checkpointing=False,  # there is memory enough, and it saves a third of the time
         warmup_steps=args.steps // 10,
         bf16=False,
         use_cpu=device == "cpu",
