@@ -34,13 +34,12 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
             "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
-    if not isinstance(hidden_states, torch.Tensor) or hidden_states.shape[-1] != layer.d:
-        given = (
-            f"of shape {list(hidden_states.shape)}" if isinstance(hidden_states, torch.Tensor) else type(hidden_states)
-        )
+    is_tensor = isinstance(hidden_states, torch.Tensor)
+    if not is_tensor or hidden_states.dim() != 3 or hidden_states.shape[-1] != layer.d:
+        given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         raise ValueError(
-            f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states of width "
-            f"{layer.d}: choose other target_modules, or None for the blocks."
+            f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, "
+            f"tokens, {layer.d}]: choose other target_modules, or None for the blocks."
         )
     edited = layer(hidden_states, plan)
     return (edited, *output[1:]) if isinstance(output, tuple) else edited

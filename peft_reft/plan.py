@@ -182,6 +182,13 @@ def valid_tokens(attention_mask: Any, past: int, tokens: int) -> torch.Tensor | 
     return mask[:, :columns]
 
 
+def valid_before(valid: torch.Tensor) -> torch.Tensor:
+    """The column of the last token before each, padding left out; -1 for the first [batch, tokens]."""
+    column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    last = column.masked_fill(~valid, -1).cummax(1).values
+    return torch.cat([last.new_full((len(last), 1), -1), last[:, :-1]], dim=1)
+
+
 def sequence_ids(arguments: Mapping[str, Any], valid: torch.Tensor) -> torch.Tensor | None:
     """Which of the sequences that are packed in a row a token belongs to.
 
@@ -198,8 +205,8 @@ def sequence_ids(arguments: Mapping[str, Any], valid: torch.Tensor) -> torch.Ten
         starts = torch.zeros(valid.numel() + 1, dtype=torch.bool, device=valid.device)
         starts = starts.index_fill(0, lengths.to(valid.device).long(), True)[:-1].view_as(valid)
     elif position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == valid.shape[1] > 1:
-        falls = (position_ids[:, 1:] <= position_ids[:, :-1]).to(valid.device)
-        starts = torch.cat([torch.zeros_like(falls[:, :1]), falls], dim=1) & valid
+        position_ids, before = position_ids.to(valid.device).expand_as(valid), valid_before(valid)
+        starts = valid & (before >= 0) & (position_ids <= position_ids.gather(1, before.clamp(min=0)))
     else:
         return None
     return starts.long().cumsum(1)
@@ -294,10 +301,7 @@ def before_labels(
         first = sequences.masked_fill(~valid, columns).amin(1, keepdim=True)
         several = (sequences.amax(1, keepdim=True) > first) | packed
         answer = answer | ((rank == 0) & valid & several & answer.roll(-1, dims=1))
-    column = torch.arange(columns, device=valid.device).expand_as(rank)
-    last_valid = column.masked_fill(~valid, -1).cummax(1).values
-    none = last_valid.new_full((len(valid), 1), -1)
-    before = torch.cat([none, last_valid[:, :-1]], dim=1)  # the valid token before each
+    before = valid_before(valid)
     after_answer = answer.gather(1, before.clamp(min=0)) & (before >= 0)
     ends = answer & (rank > 0) & ~after_answer
 
@@ -314,6 +318,7 @@ def before_labels(
         )
     prefix_length = per_sequence(rank.masked_fill(~ends, columns), sequences, "amin").where(ended, length)
 
+    column = torch.arange(columns, device=valid.device).expand_as(rank)
     next_end = column.masked_fill(~ends, columns).flip(1).cummin(1).values.flip(1)  # at the token or after it
     next_end = torch.cat([next_end[:, 1:], next_end.new_full((len(valid), 1), columns)], dim=1)
     follows = next_end < columns
@@ -359,8 +364,8 @@ class Generation:
         if model.config.is_encoder_decoder:
             given = kwargs.get("decoder_input_ids")
             return cls(family, torch.ones(1, 1 if given is None else given.shape[1], dtype=torch.bool), seen)
-        inputs = [args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids")]
-        inputs = next((given for given in inputs if given is not None), None)
+        possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+        inputs = next((given for given in possible if given is not None), None)
         if kwargs.get("attention_mask") is not None:
             valid = kwargs["attention_mask"].bool()
         elif kwargs.get("inputs_embeds") is not None:
@@ -377,6 +382,8 @@ class Generation:
         None if the whole prompt has been processed before. Columns decide, not whether a cache is empty, so a prompt
         that comes in chunks, or partly from a cache, is edited at the same tokens as one that comes whole.
         """
+        if cached and self.seen >= self.valid.shape[1]:
+            return None  # and `seen` stays: a change at every token would have torch.compile trace anew
         whole = not cached and tokens > self.seen  # without a cache every step is given all tokens so far
         start = 0 if whole else self.seen
         self.seen = max(self.seen, start + tokens)

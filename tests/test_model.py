@@ -161,7 +161,9 @@ def test_output_of_another_width_is_an_error(ids):
     base = make_llama()
     base.model.layers[0].mlp.act_fn = nn.PReLU()  # has a weight, so that it is not refused for having none
     model = get_peft_model(base, config(target_modules=["act_fn"], layers_to_transform=[0], r=1))
-    with pytest.raises(ValueError, match=r"PReLU\) put out of shape \[2, 12, 64\], not hidden states of width 1"):
+    with pytest.raises(
+        ValueError, match=r"PReLU\) put out of shape \[2, 12, 64\], not hidden states \[batch, tokens, 1\]"
+    ):
         model.eval()(input_ids=ids)
 
 

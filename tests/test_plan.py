@@ -110,6 +110,17 @@ def test_holes_in_the_mask(adapt, ids, told):
     assert_edits(adapt(positions="f2+l2"), columns, input_ids=ids, attention_mask=mask, **say)
 
 
+def test_position_ids_that_skip_padding_are_no_packed_rows(adapt, ids):
+    """As generate and trainers make them from a mask: padding has any position, here that of the token after it."""
+    mask = torch.tensor([[0] * 2 + [1] * 10, [1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1]])
+    position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    columns = {"prefix": [[2, 3], [0, 2]], "suffix": [[6, 7], [6, 7]]}
+    labels = labels_of(ids, [(8, 12)], [(8, 12)])
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=position_ids)
+    assert_edits(adapt(positions="f2+l2"), columns, **inputs, labels=labels)
+    assert_edits(adapt(positions="f2+l2"), columns, **inputs, prompt_lengths=torch.tensor([6, 5]))
+
+
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_prepared_mask(adapt, ids, kind):
     attended = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
