@@ -68,15 +68,17 @@ def main():
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print("init_weights  seed  first step  last 5 steps  held out")
-    for init_weights in (True, "reference"):
-        results = []
-        for seed in args.seeds:
-            results.append(run(args.model, init_weights, seed, args.learning_rate))
-            print(
-                f"{init_weights!s:12}  {seed:4}  {results[-1][0]:10.3f}  {results[-1][1]:12.3f}  {results[-1][2]:8.3f}"
-            )
-        means = [statistics.mean(column) for column in zip(*results, strict=True)]
-        print(f"{init_weights!s:12}  mean  {means[0]:10.3f}  {means[1]:12.3f}  {means[2]:8.3f}", flush=True)
+    results = {True: [], "reference": []}
+    for seed in args.seeds:
+        for init_weights, rows in results.items():
+            rows.append(run(args.model, init_weights, seed, args.learning_rate))
+            print_row(init_weights, seed, rows[-1])
+    for init_weights, rows in results.items():
+        print_row(init_weights, "mean", [statistics.mean(column) for column in zip(*rows, strict=True)])
+
+
+def print_row(init_weights, seed, losses):
+    print(f"{init_weights!s:12}  {seed!s:4}  {losses[0]:10.3f}  {losses[1]:12.3f}  {losses[2]:8.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from by_hand import make_llama
+from peft import get_peft_model
+from torch import nn
+
+from peft_reft import ReftConfig
+from peft_reft.hooks import Generate
+from peft_reft.plan import current_generation, current_plan
+
+
+def test_nothing_is_left_behind(adapt, ids):
+    model, _ = adapt()
+    model(input_ids=ids)
+    model.generate(input_ids=ids, max_new_tokens=1)
+    assert current_plan() is None and current_generation() is None
+    with pytest.raises(ValueError):
+        model(input_ids=ids, prompt_lengths=torch.tensor([99, 99]))
+    with pytest.raises(ValueError):
+        model.generate(input_ids=ids, max_new_tokens=-1)
+    assert current_plan() is None and current_generation() is None
+
+
+def test_block_called_outside_of_its_model(adapt):
+    model, _ = adapt()
+    block = model.get_base_model().model.layers[0]
+    rotary = model.get_base_model().model.rotary_emb
+    hidden_states = torch.randn(1, 4, 32)
+    embeddings = rotary(hidden_states, torch.arange(4)[None])
+    with pytest.raises(RuntimeError, match=r"LlamaDecoderLayer\) ran outside a call of its model"):
+        block(hidden_states, position_embeddings=embeddings)
+    with model.disable_adapter():
+        block(hidden_states, position_embeddings=embeddings)
+
+
+def test_generate_that_another_package_replaced(ids):
+    base = make_llama()
+    calls = []
+    plain = base.generate
+    base.generate = lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs)
+    replaced = base.generate
+    model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=4))
+    model.generate(input_ids=ids, max_new_tokens=1)
+    assert calls == [1] and isinstance(base.generate, Generate)
+    assert model.unload().generate is replaced
+
+
+def test_second_adapter_adds_no_second_hooks(adapt, ids):
+    model, _ = adapt()
+    base = model.get_base_model()
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()]
+    model.add_adapter("second", ReftConfig(task_type="CAUSAL_LM", r=2))
+    after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()]
+    assert sum(after) == sum(before)
+
+
+class Custom(nn.Module):
+    """A causal language model that is not of transformers, around blocks that put out tuples."""
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), "weights"
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 16)
+        self.steps = nn.ModuleList(self.Block(16, 16) for _ in range(2))
+
+    def forward(self, input_ids, labels=None):
+        x = self.embed(input_ids)
+        for step in self.steps:
+            x, kept = step(x)
+            assert kept == "weights"
+        return x
+
+
+def test_custom_model(ids):
+    torch.manual_seed(0)
+    base = Custom()
+    expected = base(ids)
+    model = get_peft_model(base, ReftConfig(r=2, positions="l1", init_weights=False, target_modules=r"steps\.\d"))
+    with torch.no_grad():
+        changed = (model(ids) - expected).abs().amax(-1) > 1e-4
+        assert changed.tolist() == [[False] * 11 + [True]] * 2
+        changed = (model(ids, prompt_lengths=torch.tensor([3, 5])) - expected).abs().amax(-1) > 1e-4
+        assert changed.nonzero().tolist() == [[0, 2], [1, 4]]
