@@ -1,6 +1,7 @@
 """`ReftConfig`: what to edit, where, and by how much."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +11,7 @@ from transformers.activations import ACT2FN
 
 from .card import describe_use
 from .positions import Positions
-from .registration import add_peft_type
-
-REFT = add_peft_type()
+from .registration import REFT
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,9 @@ VARIANTS = {
 class ReftConfig(PeftConfig):
     """
     This is the configuration class to store the configuration of a [`ReftModel`].
+
+    A model that is not of transformers, or has no `generate`, is taken for one whose whole input is the prompt, unless
+    `task_type="CAUSAL_LM"`.
 
     Args:
         intervention (`str`):
@@ -152,20 +154,23 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = REFT
+        self.rank_pattern = self.rank_pattern or {}
         if isinstance(self.layers_to_transform, range | tuple | set):
             self.layers_to_transform = list(self.layers_to_transform)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, set | tuple):
                 setattr(self, name, sorted(value))
-        if self.intervention not in VARIANTS:
+        if not isinstance(self.intervention, str) or self.intervention not in VARIANTS:
             raise ValueError(f"intervention={self.intervention!r} is unknown. Choose one of {', '.join(VARIANTS)}.")
         Positions.parse(self.positions)
         self._check_ranks()
         self._check_layers()
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout={self.dropout!r} is not a probability: give a number from 0 up to, but not, 1.")
-        if self.act_fn is not None and self.act_fn not in ACT2FN:
+        if not isinstance(self.share_weights, bool):
+            raise ValueError(f"share_weights={self.share_weights!r} is neither True nor False.")
+        if self.act_fn is not None and (not isinstance(self.act_fn, str) or self.act_fn not in ACT2FN):
             raise ValueError(
                 f"act_fn={self.act_fn!r} is unknown. Choose a name from transformers.activations.ACT2FN "
                 f"({', '.join(sorted(ACT2FN))}), or None for the identity."
@@ -191,6 +196,11 @@ class ReftConfig(PeftConfig):
                 )
             if len(set(indices)) < len(indices):
                 raise ValueError(f"layers_to_transform={layers!r} names a layer twice: give each index once.")
+        for name in ("target_modules", "exclude_modules"):
+            try:
+                re.compile(getattr(self, name) if isinstance(getattr(self, name), str) else "")
+            except re.error as error:
+                raise ValueError(f"{name}={getattr(self, name)!r} is no regular expression: {error}.") from error
         if isinstance(self.target_modules, str):
             if self.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
                 raise ValueError(
@@ -210,7 +220,7 @@ class ReftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does; a model card that lies in the folder is told how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        describe_use(save_directory)
+        describe_use(save_directory, self)
 
 
 def _is_number(value: Any) -> bool:

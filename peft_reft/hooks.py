@@ -4,6 +4,8 @@ They find what they need through the module that they are given, so that a copy 
 """
 
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from . import plan as plans
+from .generation import Family, Generation, current_generation, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
 
 
@@ -39,7 +42,7 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         raise ValueError(
             f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, "
-            f"tokens, {layer.d}]: choose other target_modules, or None for the blocks."
+            f"tokens, {layer.d}]: name modules in target_modules that put out hidden states."
         )
     edited = layer(hidden_states, plan)
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
@@ -48,14 +51,17 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of a model: make the plan of the call, and keep `prompt_lengths` from the model."""
     role: plans.Role = module._reft_role  # type: ignore[assignment]
-    outer = plans.current_plan()
-    if outer is not None and outer.role.family is role.family and outer.owner is not module:
-        return None  # part of a call that has its plan
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
     arguments = {name: arguments[name] for name in plans.TELLING if arguments.get(name) is not None}
-    generation = plans.current_generation()
-    if generation is not None and (generation.family is not role.family or role.kind == "whole"):
-        generation = None
+    outer = plans.current_plan()
+    if outer is not None and outer.role.family is role.family:
+        if outer.contains(role, arguments):
+            return None
+        outer = outer.outer  # left behind by an interrupt
+    generation = current_generation()
+    if generation is not None:
+        is_its = generation.family is role.family and role.kind != "whole" and generation.is_of(arguments)
+        generation = generation if is_its else None
     plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer))
     kwargs.pop("prompt_lengths", None)
     return args, kwargs
@@ -71,24 +77,32 @@ def end_call(module: nn.Module, args: tuple, output: Any) -> None:
 class Generate:
     """The `generate` of an adapted model: remembers the prompt for as long as the call lasts.
 
-    An object rather than a bound method, so that a copy of the model, pickled or not, generates with the copy.
+    An object rather than a bound method, so that a copy of the model, pickled or not, generates with the copy. It does
+    not keep its model alive.
     """
 
-    def __init__(self, model: Any, family: plans.Family):
-        self.model = model
+    def __init__(self, model: Any, family: Family):
+        self.model: Callable[[], Any] = weakref.ref(model)
         self.family = family
         self.replaced = vars(model).get("generate")  # what another package may have put there
         self.__doc__ = model.generate.__doc__
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"model": self.model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, model=weakref.ref(state["model"]))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outer = plans.current_generation()
-        plans.set_generation(plans.Generation.of(self.model, self.family, args, kwargs, outer))
+        model, plan, outer = self.model(), plans.current_plan(), current_generation()
+        set_generation(Generation.of(model, self.family, args, kwargs, outer))
         try:
             if self.replaced is not None:
                 return self.replaced(*args, **kwargs)
-            return type(self.model).generate(self.model, *args, **kwargs)
+            return type(model).generate(model, *args, **kwargs)
         finally:
-            plans.set_generation(outer)
+            set_generation(outer)
+            plans.set_plan(plan)  # after an interrupt, too
 
 
 def hook_module(module: nn.Module, layer: ReftLayer) -> None:
@@ -96,6 +110,12 @@ def hook_module(module: nn.Module, layer: ReftLayer) -> None:
     module.add_module(LAYER, layer)
     # First of the module's hooks, so that others (transformers' records of hidden states) see the edit.
     module._reft_handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)  # type: ignore[assignment]
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of the role that a module has from adapters that were added before."""
+    role = vars(module).get("_reft_role")
+    return None if role is None else role.kind
 
 
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
@@ -113,9 +133,10 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
         else:
             continues = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
             is_causal = continues or config.task_type == TaskType.CAUSAL_LM
+            is_causal = is_causal or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
             callers |= dict.fromkeys(around, "causal" if is_causal else "whole")
-    known = [vars(module)["_reft_role"].family for module in model.modules() if "_reft_role" in vars(module)]
-    family = known[0] if known else plans.Family()
+    known = [role.family for module in model.modules() if (role := vars(module).get("_reft_role")) is not None]
+    family = known[0] if known else Family()
     for path, kind in callers.items():
         module = model.get_submodule(path)
         if "_reft_role" not in vars(module):
@@ -124,7 +145,8 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
                 module.register_forward_hook(end_call, always_call=True),
             )
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        module._reft_role = plans.Role(family, kind, names)  # type: ignore[assignment]
+        depth = len(path.split(".")) if path else 0
+        module._reft_role = plans.Role(family, kind, depth, names)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
             vars(module)["generate"] = Generate(module, family)

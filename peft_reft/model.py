@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from .config import ReftConfig
 from .hooks import hook_model, hook_module, unhook_model
 from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
+from .registration import REFT
 from .targets import find_targets, is_excluded
 
 TAG = "reft"
@@ -124,7 +124,7 @@ class ReftModel(BaseTuner):
         if merge:
             raise ValueError(CANNOT_MERGE)
         unhook_model(self.model)
-        names = {name for name, config in self.peft_config.items() if config.peft_type == PeftType["REFT"]}
+        names = {name for name, config in self.peft_config.items() if config.peft_type == REFT}
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= names:
                 parent, _, child = name.rpartition(".")
@@ -168,9 +168,12 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     """Put an adapter where the module is that it adapts, and in the module's dtype if `cast`."""
     own = [p for name, p in module.named_parameters() if not name.startswith(f"{LAYER}.")]
     dtypes = [p.dtype for p in own if p.is_floating_point()] if cast else []
+    devices = [p.device for p in own]
+    if hasattr(module, "_hf_hook"):  # accelerate's: offloaded parameters lie on meta until the module is called
+        devices.insert(0, getattr(module._hf_hook, "execution_device", None) or torch.device("cpu"))
     for unit in layer.units(adapter_name).values():
-        if own and not unit.b.is_meta:
-            unit.to(device=own[0].device, dtype=dtypes[0] if dtypes else None)
+        if devices and not unit.b.is_meta:
+            unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)
 
 
 def check_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

@@ -25,7 +25,10 @@ def add_peft_type() -> PeftType:
     return PeftType["REFT"]
 
 
+REFT = add_peft_type()
+
+
 def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Make the method known to PEFT under the name `reft`; a second call changes nothing."""
-    if PeftType["REFT"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if REFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="reft", config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

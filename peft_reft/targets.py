@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,10 +19,8 @@ from .layer import ReftLayer
 
 def is_excluded(config: ReftConfig, key: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` take a module out, by PEFT's own rules."""
-    names_it = ReftConfig(
-        target_modules=[key], exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save
-    )
-    return isinstance(check_target_module_exists(names_it, key), _ExcludedModule)
+    rules = {"exclude_modules": config.exclude_modules, "modules_to_save": config.modules_to_save}
+    return isinstance(check_target_module_exists(SimpleNamespace(target_modules=[key], **rules), key), _ExcludedModule)
 
 
 def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> list[str]:
@@ -107,22 +106,22 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, i
 
 def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
     """The modules that `target_modules` names, in the layers that are chosen."""
-    bare = ReftConfig(target_modules=config.target_modules)
     modules = dict(model.named_modules())
     adapters = [name for name, module in modules.items() if isinstance(module, ReftLayer)]
-    names = [
-        name
-        for name in modules
-        if name
-        and check_target_module_exists(bare, name)
-        and not any(f"{name}.".startswith(f"{a}.") for a in adapters)
-    ]
-    if not names:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} match no module of {type(model).__name__}. Leave them at None "
-            "to edit the output of every block, or name modules that model.named_modules() lists."
-        )
-    if config.layers_to_transform is None:
+    candidates = [name for name in modules if name and not any(f"{name}.".startswith(f"{a}.") for a in adapters)]
+    found: set[str] = set()
+    for target in config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]:
+        rule = SimpleNamespace(target_modules=[target] if isinstance(config.target_modules, list) else target)
+        matched = {name for name in candidates if check_target_module_exists(rule, name)}
+        if not matched:
+            raise ValueError(
+                f"target_modules={config.target_modules!r}: {target!r} matches no module of {type(model).__name__}. "
+                "Leave them at None to edit the output of every block, or name modules that model.named_modules() "
+                "lists."
+            )
+        found |= matched
+    names = [name for name in candidates if name in found]
+    if config.layers_to_transform is None and config.layers_pattern is None:
         return names
     patterns = (
         config.layers_pattern if isinstance(config.layers_pattern, list) else [config.layers_pattern or r"[^.]*"]
@@ -132,6 +131,11 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
         match = next(filter(None, (re.match(rf"(?:.*?\.)?{p}\.(\d+)(?:\.|$)", name) for p in patterns)), None)
         if match:
             layers[name] = int(match[1])
+    if not layers:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} choose "
+            f"among layers, but the names that target_modules match have no such part: {', '.join(names[:3])}."
+        )
     return choose_layers(config, layers)
 
 
@@ -177,6 +181,8 @@ def output_width(model: nn.Module, name: str) -> int:
     problem = None
     if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):
         problem = "is a container that is never called"
+    elif isinstance(module, PreTrainedModel):
+        problem = "is a whole model"
     elif isinstance(model, PreTrainedModel) and module is model.get_output_embeddings():
         problem = "puts out logits"
     elif next(module.parameters(), None) is None:

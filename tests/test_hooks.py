@@ -1,12 +1,17 @@
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from by_hand import make_llama
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_reft import ReftConfig
-from peft_reft.hooks import Generate
-from peft_reft.plan import current_generation, current_plan
+from peft_reft.generation import current_generation
+from peft_reft.hooks import Generate, unhook_model
+from peft_reft.plan import current_plan
 
 
 def test_nothing_is_left_behind(adapt, ids):
@@ -84,3 +89,35 @@ def test_custom_model(ids):
         assert changed.tolist() == [[False] * 11 + [True]] * 2
         changed = (model(ids, prompt_lengths=torch.tensor([3, 5])) - expected).abs().amax(-1) > 1e-4
         assert changed.nonzero().tolist() == [[0, 2], [1, 4]]
+
+
+def test_model_is_freed_without_the_garbage_collector(ids):
+    model = get_peft_model(make_llama(), ReftConfig(task_type="CAUSAL_LM"))
+    model.generate(input_ids=ids, max_new_tokens=1)
+    gone = weakref.ref(model.get_base_model())
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_kind_stays_what_the_first_adapter_made_it(ids):
+    """A second adapter for another task does not change what labels mean to the first."""
+    options = dict(r=2, positions="l1", init_weights=False, target_modules=r"steps\.\d")
+    model = inject_adapter_in_model(ReftConfig(task_type="CAUSAL_LM", **options), Custom(), "first")
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        inject_adapter_in_model(ReftConfig(task_type="FEATURE_EXTRACTION", **options), model, "second")
+    labels = ids.clone()
+    labels[:, :5] = -100
+    with torch.no_grad():
+        changed = (model(ids, labels=labels) - Custom.forward(unload(model), ids)).abs().amax(-1) > 1e-4
+    assert changed.nonzero().tolist() == [[0, 4], [1, 4]]
+
+
+def unload(model):
+    """The same model without what ReFT added."""
+    model = copy.deepcopy(model)
+    unhook_model(model)
+    return model

@@ -9,7 +9,18 @@ import torch
 from by_hand import make_gpt2, make_llama
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    MambaConfig,
+    MambaForCausalLM,
+    StaticCache,
+)
+
+from peft_reft.generation import CACHES, cached_tokens
+from peft_reft.plan import current_plan
 
 IGNORED = -100
 CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -466,6 +477,116 @@ def test_decoding_runs_no_unit(adapt, ids, monkeypatch):
     assert calls == [12] * 3 + [1] * 15
 
 
+@pytest.mark.parametrize("how", ["keyword", "positional"])
+def test_generation_config_that_says_nothing_of_padding(adapt, ids, how):
+    """generate then takes the padding token of the model's own config, or that of the config it is given."""
+    model, by_hand = adapt(positions="f2+l2")
+    ids = ids.masked_fill(MASK == 0, 0)
+    expected = by_hand.generate(GENERATED["f2+l2"], ids, MASK)
+    silent = GenerationConfig(max_new_tokens=6, do_sample=False)
+    given = (ids,) if how == "keyword" else (ids, silent)
+    assert torch.equal(model.generate(*given, **({"generation_config": silent} if how == "keyword" else {})), expected)
+    model.generation_config.pad_token_id = None
+    telling = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(ids, generation_config=telling), expected)
+
+
+def test_classifier_free_guidance_is_refused(adapt, ids):
+    model, _ = adapt()
+    with pytest.raises(ValueError, match="guidance_scale=1.5.*second prompt"):
+        model.generate(input_ids=ids, guidance_scale=1.5, max_new_tokens=1)
+
+
+def test_generate_within_generate(adapt, ids):
+    """A call for another prompt, made by a logits processor: each keeps its own prompt."""
+    model, by_hand = adapt(positions="l2")
+    other = ids[:1, :5]
+    inner = []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            inner.append(model.generate(input_ids=other, **GREEDY))
+            return scores
+
+    expected = by_hand.generate({"unit": [[10, 11]] * 2}, ids)
+    assert torch.equal(generated(model, ids, None, logits_processor=[Asks()]), expected)
+    expected = by_hand.generate({"unit": [[3, 4]]}, other)
+    assert len(inner) == 6 and all(torch.equal(tokens, expected) for tokens in inner)
+
+
+def test_answer_after_a_cached_prompt(adapt, ids):
+    """Labels tell the answer from the prompt that the cache holds: it is not edited, in eval and in training."""
+    model, by_hand = adapt(positions="f2+l2")
+    expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[6, 7]] * 2}, input_ids=ids)[:, 8:]
+    for mode in (model.eval(), model.train()):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            mode(input_ids=ids[:, :8], prompt_lengths=torch.tensor([8, 8]), use_cache=True, **{CACHE: cache})
+            found = mode(input_ids=ids[:, 8:], labels=ids[:, 8:].contiguous(), use_cache=True, **{CACHE: cache}).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_static_cache_by_hand(adapt, ids):
+    """Its prepared mask has a column for every token that it could hold."""
+    model, by_hand = adapt(positions="f2+l2")
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    mask = torch.zeros(2, 1, 12, 20, dtype=torch.bool)
+    mask[..., :12] = torch.ones(12, 12, dtype=torch.bool).tril()
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits
+    expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, input_ids=ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prepared_mask_that_lets_padding_attend_to_everything(adapt, ids):
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask[1, :, :, :4] = False
+    mask[1, :, :4] = True
+    model, by_hand = adapt(positions="f2+l2")
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+    expected = by_hand.logits(GENERATED["f2+l2"], input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1, 4:], expected[1, 4:], atol=1e-5, rtol=1e-5)
+
+
+def make_mamba():
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return MambaForCausalLM(config).eval()
+
+
+def test_state_space_model(adapt, ids):
+    """Its cache does not tell how much it has seen."""
+    model, by_hand = adapt(make_mamba, positions="f2+l2")
+    ids = ids[:1]
+    expected = by_hand.generate({"prefix": [[0, 1]], "suffix": [[10, 11]]}, ids)
+    assert torch.equal(model.generate(input_ids=ids, **GREEDY), expected)
+    assert torch.equal(model.generate(input_ids=ids, use_cache=False, **GREEDY), expected)
+    tokens, given, cache = ids, ids, {}
+    with torch.no_grad():
+        for _ in range(6):
+            output = model(input_ids=given, use_cache=True, **cache)
+            name = next(name for name in CACHES if output.get(name) is not None)
+            cache = {name: output[name]}
+            given = output.logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, given], dim=1)
+    assert torch.equal(tokens, expected)
+
+
+def test_cache_of_an_unknown_kind():
+    with pytest.raises(ValueError, match="cache of type object.*continuous batching"):
+        cached_tokens(object())
+
+
 # A plan belongs to one call
 
 
@@ -498,6 +619,32 @@ def test_call_after_an_error(adapt, ids):
     ):  # the inner model alone: a plan that was left behind would still say that there are 12 tokens
         inner(input_ids=ids[:, :6])
     assert_edits(adapted, {"unit": [[10, 11]] * 2}, input_ids=ids)
+
+
+@pytest.mark.parametrize("interrupted", ["outer", "inner", "generate"])
+def test_call_after_an_interrupt(adapt, ids, interrupted):
+    """As when a notebook's cell is stopped: torch's hooks do not run then, and what they would end must not stay."""
+    model, _ = adapted = adapt(positions="l2")
+    inner = model.get_base_model().model
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    handle = inner.layers[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        if interrupted == "outer":
+            model(input_ids=ids[:, :7], labels=labels_of(ids[:, :7], [(3, 7)], [(3, 7)]))
+        elif interrupted == "inner":
+            inner(input_ids=ids[:, :7])
+        else:
+            model.generate(input_ids=ids[:, :7], max_new_tokens=2)
+    handle.remove()
+    with torch.no_grad():
+        hidden_states = inner(input_ids=ids).last_hidden_state
+        logits = model.get_base_model().lm_head(hidden_states)
+        assert torch.equal(logits, model(input_ids=ids).logits)
+    assert_edits(adapted, {"unit": [[3, 4], [6, 7]]}, input_ids=ids, labels=labels_of(ids, *TWO["answers"]))
+    assert current_plan() is None
 
 
 def test_inner_model_of_a_causal_model_does_not_guess_either(adapt, ids):

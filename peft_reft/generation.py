@@ -1,0 +1,180 @@
+"""A call of `generate`: the prompt that it was given, and how much of it has been processed."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .positions import Spans
+from .spans import whole_sequences
+
+CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
+
+_local = threading.local()
+
+
+class Family:
+    """Stands for the modules that are one model: an object of its own in every copy of the model."""
+
+
+def current_generation() -> "Generation | None":
+    """The call of `generate` that runs in this thread."""
+    return getattr(_local, "generation", None)
+
+
+def set_generation(generation: "Generation | None") -> None:
+    """Make `generation` the one that runs; None ends it."""
+    _local.generation = generation
+
+
+def find_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or of `generate`, or None."""
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+
+
+def cached_tokens(cache: Any) -> int | torch.Tensor | None:
+    """How many tokens a cache holds: a static cache says it in a tensor, one without attention layers (None) not at
+    all.
+
+    Raises:
+        ValueError: if it is no cache that a prompt can be followed through.
+    """
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise ValueError(
+            f"A cache of type {type(cache).__name__} does not tell how many tokens it holds, so ReFT cannot tell "
+            "where the prompt is (continuous batching is not supported yet): use one of transformers' caches, or none."
+        )
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None
+
+
+def given_tokens(arguments: Mapping[str, Any]) -> int | None:
+    """How many tokens a forward is given, or None if its arguments hold no text."""
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    return None if inputs is None else inputs.shape[1]
+
+
+@dataclass
+class Generation:
+    """One call of `generate`.
+
+    Attributes:
+        family (`Family`): the model that generates.
+        input_ids (`torch.LongTensor` [batch, tokens], *optional*): the prompt, where it was given as ids.
+        valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
+            first forward is given: an encoder-decoder model's decoder begins with tokens that `generate` chooses.
+        seen (`int`): tokens that have been processed; at first those that the cache holds.
+        cache: the cache of the forwards, once they have one.
+    """
+
+    family: Family
+    input_ids: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    seen: int = 0
+    cache: Any = None
+
+    @classmethod
+    def of(
+        cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any], outer: "Generation | None"
+    ) -> "Generation":
+        """Read the arguments of a call of `model.generate`.
+
+        Args:
+            model (`PreTrainedModel`): the model that generates.
+            family (`Family`): stands for it.
+            args, kwargs: the arguments of `generate`.
+            outer (`Generation`, *optional*): the call of `generate` in which this one is made.
+
+        Raises:
+            ValueError: if the call is one whose prompts cannot be followed.
+        """
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        configs = [kwargs, {} if given is None else vars(given), vars(model.generation_config)]
+        guidance = _option(configs, "guidance_scale")
+        if guidance is not None and guidance != 1:
+            raise ValueError(
+                f"guidance_scale={guidance}: classifier-free guidance runs the model on a second prompt in the same "
+                "call, which ReFT does not tell from the first. Generate without it, or with the adapter disabled."
+            )
+        seen = cached_tokens(find_cache(kwargs))
+        generation = cls(family, seen=0 if seen is None else int(seen))
+        possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+        inputs = next((given for given in possible if given is not None), None)
+        if model.config.is_encoder_decoder:
+            return generation
+        if inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0 and not inputs.is_floating_point():
+            generation.input_ids = inputs
+        if outer is not None and outer.family is family and outer.is_continued_by(generation.input_ids):
+            # The model drafts for itself: the prompt is still the same.
+            generation.input_ids, generation.valid = outer.input_ids, outer.valid
+        elif kwargs.get("attention_mask") is not None:
+            generation.valid = kwargs["attention_mask"].bool()
+        elif kwargs.get("inputs_embeds") is not None:
+            generation.valid = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.bool)
+        elif generation.input_ids is not None:
+            pad, eos = _option(configs, "pad_token_id"), _option(configs, "eos_token_id")
+            is_told = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])  # as generate decides
+            generation.valid = generation.input_ids != (pad if is_told else -1)
+        return generation
+
+    def is_continued_by(self, input_ids: torch.Tensor | None) -> bool:
+        """Whether ids begin with this call's prompt."""
+        if self.input_ids is None or input_ids is None or len(input_ids) != len(self.input_ids):
+            return False
+        return torch.equal(input_ids[:, : self.input_ids.shape[1]], self.input_ids)
+
+    def is_of(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a forward with these arguments goes on with this call's sequences, not with others of its own."""
+        cache = find_cache(arguments)
+        is_foreign = cache is not None and self.cache is not None and cache is not self.cache
+        if is_foreign or given_tokens(arguments) is None:
+            return False
+        self.cache = cache
+        return True
+
+    def window(self, tokens: int) -> tuple[int, int] | None:
+        """Where in the sequence the tokens of the next forward lie: first column and last + 1.
+
+        None if the whole prompt has been processed before. Columns decide, not whether a cache is empty, so a prompt
+        that comes in chunks, or partly from a cache, is edited at the same tokens as one that comes whole.
+        """
+        if self.valid is None:
+            self.valid = torch.ones(1, tokens, dtype=torch.bool)
+        prompt = self.valid.shape[1]
+        if self.cache is None and (tokens > prompt or not self.seen):
+            self.seen = tokens
+            return 0, tokens  # without a cache every step is given all tokens so far
+        if self.seen >= prompt:
+            return None  # and `seen` stays: a change at every token would have torch.compile trace anew
+        start, self.seen = self.seen, self.seen + tokens
+        return start, start + tokens
+
+    def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
+        """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""
+        start, end = window
+        valid = self.valid
+        assert valid is not None, "window comes before spans"
+        if batch % len(valid):
+            raise ValueError(
+                f"generate was given {len(valid)} prompts, but the model {batch} rows: ReFT cannot tell whose they "
+                "are."
+            )
+        whole = whole_sequences(valid)
+        beyond = (0, max(0, end - valid.shape[1]))  # tokens that were generated: in no prompt
+        rank = torch.nn.functional.pad(whole.rank, beyond, value=valid.shape[1] + 1)
+        valid = torch.nn.functional.pad(valid, beyond, value=True)
+        parts = (valid[:, start:end], rank[:, start:end], whole.prefix_length)
+        valid, rank, length = (part.to(device).repeat_interleave(batch // len(part), dim=0) for part in parts)
+        return Spans(valid, rank, length, length, one_prompt=True)
+
+
+def _option(configs: list[Mapping[str, Any]], name: str) -> Any:
+    """The first value that is set, in the order in which `generate` looks."""
+    return next((config[name] for config in configs if config.get(name) is not None), None)

@@ -1,0 +1,63 @@
+"""Two methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
+
+Each would end well for the user but for one thing that ReFT has no other place to do.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from transformers.integrations import PeftAdapterMixin
+
+from .card import describe_use
+from .registration import REFT
+
+
+def complete_upstream() -> None:
+    """Complete both methods, once."""
+    complete(PeftModel, "_upload_modified_files", upload_with_card)
+    complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
+
+
+def complete(cls: type, name: str, completed: Callable[..., Any]) -> None:
+    """Replace a method by `completed`, which is given the method before its arguments."""
+    method = getattr(cls, name)
+    if "completed_by_reft" in vars(method):
+        return
+
+    @functools.wraps(method)
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return completed(method, self, *args, **kwargs)
+
+    vars(replacement)["completed_by_reft"] = True
+    setattr(cls, name, replacement)
+
+
+def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
+    """Part of `push_to_hub`: transformers has just written a blank card over the one that PEFT had saved."""
+    configs = [config for config in model.peft_config.values() if config.peft_type == REFT]
+    if configs:
+        model.create_or_update_model_card(folder)
+        describe_use(folder, configs[0])
+    return method(model, folder, *args, **kwargs)
+
+
+def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `load_adapter` reports tensors that are missing or too many, and goes on without them.
+
+    Raises:
+        ValueError: if the checkpoint does not fit its config; the adapter is deleted again.
+    """
+    before = set(getattr(model, "peft_config", {}))
+    info = method(model, *args, **kwargs)
+    added = [name for name in model.peft_config if name not in before]
+    unfit = [key for key in (*info.missing_keys, *info.unexpected_keys) if ".reft_" in key]
+    if unfit and any(model.peft_config[name].peft_type == REFT for name in added):
+        model.delete_adapter(added)
+        raise ValueError(
+            f"The checkpoint of adapter {added[0]!r} does not fit its config: {', '.join(sorted(unfit)[:3])} are "
+            "missing or have no place. Its r, rank_pattern, positions, share_weights, intervention and layers must be "
+            "those that it was trained with, and so must the base model's shape."
+        )
+    return info
