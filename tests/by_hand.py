@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from peft import PeftModel
@@ -9,6 +10,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 64
+IGNORED = -100
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+# Prompt and answer in one row: row 0 has a prompt of 5 tokens, row 1 of 8
+TWO = dict(answers=([(5, 12)], [(8, 12)]))
+MASK = torch.tensor([[1] * 12, [0] * 4 + [1] * 8])
+GREEDY = dict(do_sample=False, max_new_tokens=6, pad_token_id=0)
 
 
 def make_llama(layers: int = 3, **options) -> LlamaForCausalLM:
@@ -98,3 +106,31 @@ class ByHand:
             input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         return input_ids
+
+
+def labels_of(ids, *answers):
+    """Labels that are targets in the given spans of each row, and -100 elsewhere."""
+    labels = torch.full_like(ids, IGNORED)
+    for row, spans in enumerate(answers):
+        for start, end in spans:
+            labels[row, start:end] = ids[row, start:end]
+    return labels
+
+
+def assert_edits(adapted, columns, **inputs):
+    """The model's logits are those by hand at these columns, and differ from the base model's."""
+    model, by_hand = adapted
+    told = {name: inputs.pop(name) for name in ("labels", "prompt_lengths", "cu_seq_lens_q") if name in inputs}
+    with torch.no_grad():
+        logits = model(**inputs, **told).logits
+    expected = by_hand.logits(columns, **inputs)
+    mask = inputs.get("attention_mask")
+    seen = torch.ones(logits.shape[:2], dtype=torch.bool) if mask is None or mask.dim() > 2 else mask.bool()
+    torch.testing.assert_close(logits[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    if any(any(rows) for rows in columns.values()):
+        base = by_hand.logits({unit: [[]] for unit in columns}, **inputs)
+        assert (base - expected)[seen].abs().max() > 1e-2, "the edit is too small to be seen"
+
+
+def generated(model, ids, mask=MASK, **options):
+    return model.generate(input_ids=ids, attention_mask=mask, **GREEDY | options)

@@ -1,0 +1,247 @@
+"""generate, in its forms, against greedy decoding without a cache by hand, edited at columns that are listed here."""
+
+import pytest
+import torch
+from by_hand import CACHE, GREEDY, MASK, generated, make_gpt2, make_llama
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, MambaConfig, MambaForCausalLM, StaticCache
+
+from peft_reft.generation import CACHES, cached_tokens
+
+GENERATED = {
+    "f2+l2": {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]},
+    "f5+l5": {"prefix": [[0, 1, 2, 3, 4], [4, 5, 6, 7]], "suffix": [[7, 8, 9, 10, 11], [8, 9, 10, 11]]},
+    "l3": {"unit": [[9, 10, 11], [9, 10, 11]]},
+    "f1": {"unit": [[0], [4]]},
+    "prompt": {"unit": [list(range(12)), list(range(4, 12))]},
+    "all": {"unit": [list(range(99)), list(range(4, 99))]},
+}
+
+
+@pytest.mark.parametrize("positions", GENERATED)
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def test_generate(adapt, ids, positions, make):
+    model, by_hand = adapt(make, positions=positions)
+    expected = by_hand.generate(GENERATED[positions], ids, MASK)
+    assert torch.equal(generated(model, ids), expected)
+    inputs = dict(input_ids=ids[:1])
+    base = by_hand.logits({unit: [[]] for unit in GENERATED[positions]}, **inputs)
+    edited = by_hand.logits({unit: rows[:1] for unit, rows in GENERATED[positions].items()}, **inputs)
+    assert (base - edited)[:, -1].abs().max() > 0.1, "the edit is too small to be seen"
+
+
+@pytest.mark.parametrize("positions", GENERATED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(use_cache=False),
+        dict(prefill_chunk_size=5),
+        dict(cache_implementation="static"),
+        dict(prompt_lookup_num_tokens=3),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_to_generate(adapt, ids, positions, options):
+    model, by_hand = adapt(positions=positions)
+    if "prompt_lookup_num_tokens" in options:  # takes one row
+        expected = by_hand.generate({unit: rows[:1] for unit, rows in GENERATED[positions].items()}, ids[:1])
+        assert torch.equal(generated(model, ids[:1], MASK[:1], **options), expected)
+    else:
+        assert torch.equal(generated(model, ids, **options), by_hand.generate(GENERATED[positions], ids, MASK))
+
+
+def test_generate_each_row_alone(adapt, ids):
+    model, _ = adapt(positions="f2+l2")
+    together = generated(model, ids)
+    for row, start in enumerate((0, 4)):
+        alone = generated(model, ids[row : row + 1, start:], None)
+        assert torch.equal(alone[0], together[row, start:])
+
+
+def test_generate_finds_padding_without_a_mask(adapt, ids):
+    model, by_hand = adapt(positions="f2+l2")
+    ids = ids.masked_fill(MASK == 0, 0)
+    assert torch.equal(model.generate(ids, **GREEDY), by_hand.generate(GENERATED["f2+l2"], ids, MASK))
+
+
+def test_generate_from_embeddings(adapt, ids):
+    model, by_hand = adapt(positions="f2+l2")
+    embeds = by_hand.base.get_input_embeddings()(ids)
+    tokens = model.generate(inputs_embeds=embeds, attention_mask=MASK, **GREEDY)
+    assert torch.equal(tokens, by_hand.generate(GENERATED["f2+l2"], ids, MASK)[:, 12:])
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=3, num_return_sequences=2)])
+def test_beams(adapt, ids, options):
+    """Beam search over the model by hand, which edits the same columns of every beam."""
+    model, by_hand = adapt(positions="f2+l2")
+    beams = {unit: [row for row in rows for _ in range(3)] for unit, rows in GENERATED["f2+l2"].items()}
+    with by_hand.edits(beams):
+        expected = generated(by_hand.base, ids, use_cache=False, **options)
+    assert torch.equal(generated(model, ids, **options), expected)
+
+
+def test_sampling(adapt, ids):
+    model, by_hand = adapt(positions="f2+l2")
+    options = dict(do_sample=True, num_return_sequences=3, use_cache=False)
+    rows = {unit: [row for row in rows for _ in range(3)] for unit, rows in GENERATED["f2+l2"].items()}
+    torch.manual_seed(5)
+    with by_hand.edits(rows):
+        expected = generated(by_hand.base, ids, **options)
+    for use_cache in (False, True):
+        torch.manual_seed(5)
+        assert torch.equal(generated(model, ids, **options | dict(use_cache=use_cache)), expected)
+
+
+def test_prompt_that_is_partly_cached(adapt, ids):
+    """The prompt is all that the call was given; what the cache holds of it is edited as it was."""
+    model, by_hand = adapt(positions="f2+l2")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:1, :7], prompt_lengths=torch.tensor([7]), use_cache=True, **{CACHE: cache})
+    tokens = model.generate(input_ids=ids[:1], **{CACHE: cache}, **GREEDY)
+    # Columns 5 and 6 were the end of a prompt when they were cached, columns 10 and 11 are the end of this one.
+    assert torch.equal(tokens, by_hand.generate({"prefix": [[0, 1]], "suffix": [[5, 6, 10, 11]]}, ids[:1]))
+
+
+def test_decoding_by_hand_equals_generate(adapt, ids):
+    """A loop over forwards with a cache: one token after the prompt goes on with the answer."""
+    model, by_hand = adapt(positions="f2+l2")
+    tokens, given, cache = ids, ids, None
+    with torch.no_grad():
+        for _ in range(6):
+            output = model(input_ids=given, use_cache=True, **{CACHE: cache})
+            cache = output[CACHE]
+            given = output.logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, given], dim=1)
+    assert torch.equal(tokens, generated(model, ids, torch.ones_like(ids)))
+
+
+def test_generate_in_training_mode(adapt, ids):
+    model, by_hand = adapt(positions="f2+l2")
+    model.train()
+    assert torch.equal(generated(model, ids), by_hand.generate(GENERATED["f2+l2"], ids, MASK))
+
+
+def test_decoding_runs_no_unit(adapt, ids, monkeypatch):
+    from peft_reft.intervention import Intervention
+
+    calls = []
+    forward = Intervention.forward
+    monkeypatch.setattr(Intervention, "forward", lambda self, h: calls.append(h.shape[1]) or forward(self, h))
+    model, _ = adapt(positions="f2+l2")
+    generated(model, ids)
+    assert calls == [2] * 6  # two units in three layers, at two tokens, once
+    calls.clear()
+    model, _ = adapt(positions="all")
+    generated(model, ids)
+    assert calls == [12] * 3 + [1] * 15
+
+
+@pytest.mark.parametrize("how", ["keyword", "positional"])
+def test_generation_config_that_says_nothing_of_padding(adapt, ids, how):
+    """generate then takes the padding token of the model's own config, or that of the config it is given."""
+    model, by_hand = adapt(positions="f2+l2")
+    ids = ids.masked_fill(MASK == 0, 0)
+    expected = by_hand.generate(GENERATED["f2+l2"], ids, MASK)
+    silent = GenerationConfig(max_new_tokens=6, do_sample=False)
+    given = (ids,) if how == "keyword" else (ids, silent)
+    assert torch.equal(model.generate(*given, **({"generation_config": silent} if how == "keyword" else {})), expected)
+    model.generation_config.pad_token_id = None
+    telling = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(ids, generation_config=telling), expected)
+
+
+def test_classifier_free_guidance_is_refused(adapt, ids):
+    model, _ = adapt()
+    with pytest.raises(ValueError, match="guidance_scale=1.5.*second prompt"):
+        model.generate(input_ids=ids, guidance_scale=1.5, max_new_tokens=1)
+
+
+def test_generate_within_generate(adapt, ids):
+    """A call for another prompt, made by a logits processor: each keeps its own prompt."""
+    model, by_hand = adapt(positions="l2")
+    other = ids[:1, :5]
+    inner = []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            inner.append(model.generate(input_ids=other, **GREEDY))
+            return scores
+
+    expected = by_hand.generate({"unit": [[10, 11]] * 2}, ids)
+    assert torch.equal(generated(model, ids, None, logits_processor=[Asks()]), expected)
+    expected = by_hand.generate({"unit": [[3, 4]]}, other)
+    assert len(inner) == 6 and all(torch.equal(tokens, expected) for tokens in inner)
+
+
+def test_answer_after_a_cached_prompt(adapt, ids):
+    """Labels tell the answer from the prompt that the cache holds: it is not edited, in eval and in training."""
+    model, by_hand = adapt(positions="f2+l2")
+    expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[6, 7]] * 2}, input_ids=ids)[:, 8:]
+    for mode in (model.eval(), model.train()):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            mode(input_ids=ids[:, :8], prompt_lengths=torch.tensor([8, 8]), use_cache=True, **{CACHE: cache})
+            found = mode(input_ids=ids[:, 8:], labels=ids[:, 8:].contiguous(), use_cache=True, **{CACHE: cache}).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_static_cache_by_hand(adapt, ids):
+    """Its prepared mask has a column for every token that it could hold."""
+    model, by_hand = adapt(positions="f2+l2")
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    mask = torch.zeros(2, 1, 12, 20, dtype=torch.bool)
+    mask[..., :12] = torch.ones(12, 12, dtype=torch.bool).tril()
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits
+    expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, input_ids=ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prepared_mask_that_lets_padding_attend_to_everything(adapt, ids):
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask[1, :, :, :4] = False
+    mask[1, :, :4] = True
+    model, by_hand = adapt(positions="f2+l2")
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+    expected = by_hand.logits(GENERATED["f2+l2"], input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1, 4:], expected[1, 4:], atol=1e-5, rtol=1e-5)
+
+
+def make_mamba():
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return MambaForCausalLM(config).eval()
+
+
+def test_state_space_model(adapt, ids):
+    """Its cache does not tell how much it has seen."""
+    model, by_hand = adapt(make_mamba, positions="f2+l2")
+    ids = ids[:1]
+    expected = by_hand.generate({"prefix": [[0, 1]], "suffix": [[10, 11]]}, ids)
+    assert torch.equal(model.generate(input_ids=ids, **GREEDY), expected)
+    assert torch.equal(model.generate(input_ids=ids, use_cache=False, **GREEDY), expected)
+    tokens, given, cache = ids, ids, {}
+    with torch.no_grad():
+        for _ in range(6):
+            output = model(input_ids=given, use_cache=True, **cache)
+            name = next(name for name in CACHES if output.get(name) is not None)
+            cache = {name: output[name]}
+            given = output.logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, given], dim=1)
+    assert torch.equal(tokens, expected)
+
+
+def test_cache_of_an_unknown_kind():
+    with pytest.raises(ValueError, match="cache of type object.*continuous batching"):
+        cached_tokens(object())
