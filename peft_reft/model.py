@@ -69,6 +69,7 @@ class ReftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
         if state_dict is not None:  # PEFT reads from its keys which modules to adapt
             state_dict = {
                 key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
@@ -130,9 +131,10 @@ class ReftModel(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 unwrapped = module.unload_and_optionally_merge_module(False, False, adapter_names)
                 setattr(self.model.get_submodule(parent), child, unwrapped)
-        for name in names:
-            del self.peft_config[name]
-        if not self.peft_config and hasattr(self.model, "peft_config"):
+        others = {name: config for name, config in self.peft_config.items() if name not in names}
+        if others:  # of another tuner that adapted the model
+            self.model.peft_config = others
+        else:
             del self.model.peft_config
         if isinstance(self.model, PreTrainedModel) and self.model.model_tags:
             self.model.model_tags = [tag for tag in self.model.model_tags if tag != TAG]
