@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from by_hand import CACHE, GREEDY, MASK, generated, make_gpt2, make_llama
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, MambaConfig, MambaForCausalLM, StaticCache
+from by_hand import CACHE, GREEDY, MASK, TWO, assert_edits, generated, labels_of, make_gpt2, make_llama
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    MambaConfig,
+    MambaForCausalLM,
+    StaticCache,
+)
 
 from peft_reft.generation import CACHES, cached_tokens
 
@@ -245,3 +254,33 @@ def test_state_space_model(adapt, ids):
 def test_cache_of_an_unknown_kind():
     with pytest.raises(ValueError, match="cache of type object.*continuous batching"):
         cached_tokens(object())
+
+
+TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64)
+FAMILIES = {
+    "gemma3_text": dict(num_key_value_heads=2, head_dim=8, sliding_window=6),
+    "qwen3": dict(num_key_value_heads=2, head_dim=8),
+    "mistral": dict(num_key_value_heads=2, sliding_window=6),
+    "opt": dict(ffn_dim=64, word_embed_proj_dim=32),
+    "gpt_neox": {},
+    "phi": {},
+    "cohere": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(adapt, ids, family):
+    """Sliding windows, learned and rotary positions, parallel blocks, norms after blocks: trained and used alike."""
+
+    def make():
+        torch.manual_seed(0)
+        special = dict(initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **TINY | special | FAMILIES[family])
+        ).eval()
+
+    model, _ = adapted = adapt(make, positions="f2+l2")
+    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [6, 7]]}
+    if family != "cohere":  # whose logits are scaled down
+        assert_edits(adapted, columns, input_ids=ids, labels=labels_of(ids, *TWO["answers"]))
+    assert torch.equal(generated(model, ids), adapted[1].generate(GENERATED["f2+l2"], ids, MASK))

@@ -91,6 +91,18 @@ def test_custom_model(ids):
         assert changed.nonzero().tolist() == [[0, 2], [1, 4]]
 
 
+def test_labels_that_are_no_next_tokens(ids):
+    """A class for each row says nothing about the prompt, which is then the whole input."""
+    torch.manual_seed(0)
+    base = Custom()
+    expected = base(ids)
+    options = dict(r=2, positions="l1", init_weights=False, target_modules=r"steps\.\d")
+    model = inject_adapter_in_model(ReftConfig(task_type="CAUSAL_LM", **options), base).eval()
+    with torch.no_grad():
+        changed = (model(ids, labels=torch.tensor([0, 1])) - expected).abs().amax(-1) > 1e-4
+    assert changed.nonzero().tolist() == [[0, 11], [1, 11]]
+
+
 def test_model_is_freed_without_the_garbage_collector(ids):
     model = get_peft_model(make_llama(), ReftConfig(task_type="CAUSAL_LM"))
     model.generate(input_ids=ids, max_new_tokens=1)
