@@ -1,6 +1,6 @@
-"""Two methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
+"""Three methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
 
-Each would end well for the user but for one thing that ReFT has no other place to do.
+Each would serve the user well but for one thing, which ReFT has no other place to do.
 """
 
 import functools
@@ -15,8 +15,9 @@ from .registration import REFT
 
 
 def complete_upstream() -> None:
-    """Complete both methods, once."""
+    """Complete the methods, once."""
     complete(PeftModel, "_upload_modified_files", upload_with_card)
+    complete(PeftModel, "load_adapter", load_or_take_back)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
 
 
@@ -41,6 +42,18 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
         model.create_or_update_model_card(folder)
         describe_use(folder, configs[0])
     return method(model, folder, *args, **kwargs)
+
+
+def load_or_take_back(method: Callable[..., Any], model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `load_adapter` adds the adapter before it looks at the checkpoint, and would leave it if that is unfit."""
+    before = set(model.peft_config)
+    try:
+        return method(model, *args, **kwargs)
+    except Exception:
+        for name in set(model.peft_config) - before:
+            if model.peft_config[name].peft_type == REFT:
+                model.delete_adapter(name)
+        raise
 
 
 def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

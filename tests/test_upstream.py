@@ -12,9 +12,12 @@ from peft_reft.upstream import complete_upstream
 
 
 def test_twice_is_harmless():
-    before = PeftModel._upload_modified_files, PeftAdapterMixin.load_adapter
+    def methods():
+        return PeftModel._upload_modified_files, PeftModel.load_adapter, PeftAdapterMixin.load_adapter
+
+    before = methods()
     complete_upstream()
-    assert before == (PeftModel._upload_modified_files, PeftAdapterMixin.load_adapter)
+    assert methods() == before
 
 
 @pytest.mark.parametrize(("config", "completed"), [(ReftConfig, True), (LoraConfig, False)])
@@ -53,3 +56,19 @@ def test_checkpoint_that_does_not_fit_in_load_adapter(tmp_path, ids, change):
             model.load_adapter(str(tmp_path / "adapter"))
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert not any(".reft_" in name for name in model.state_dict())
+
+
+def test_adapter_that_does_not_fit_is_taken_back(tmp_path, ids):
+    options = dict(task_type="CAUSAL_LM", positions="f2+l2", init_weights=False)
+    get_peft_model(make_llama(), ReftConfig(r=2, **options)).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(r=3)))
+    model = get_peft_model(make_llama(), ReftConfig(r=4, **options)).eval()
+    with torch.no_grad():
+        expected, names = model(input_ids=ids).logits, list(model.state_dict())
+        with pytest.raises(
+            ValueError, match=r"adapter 'second' does not fit its config.*is \[2\], not \[3\]|\[2, 32\]"
+        ):
+            model.load_adapter(tmp_path, adapter_name="second")
+        assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
+        assert torch.equal(model(input_ids=ids).logits, expected)
