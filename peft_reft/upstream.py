@@ -45,7 +45,7 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
 
 
 def load_or_take_back(method: Callable[..., Any], model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `load_adapter` adds the adapter before it looks at the checkpoint, and would leave it if that is unfit."""
+    """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit."""
     before = set(model.peft_config)
     try:
         return method(model, *args, **kwargs)

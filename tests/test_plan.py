@@ -9,7 +9,8 @@ from by_hand import TWO, assert_edits, generated, labels_of
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from peft_reft.plan import current_plan
+from peft_reft.generation import Family
+from peft_reft.plan import Plan, Role, current_plan, recall, remember
 
 
 def test_threads_do_not_see_each_others_plans(adapt, ids):
@@ -138,3 +139,15 @@ def test_compiled_in_one_graph_for_all_prompts(adapt, ids, positions):
         inputs = dict(input_ids=ids, labels=labels_of(ids, *answers))
         assert compiled(**inputs).loss == model(**inputs).loss
     assert counter.frame_count == 1
+
+
+def test_plan_is_recalled_with_certainty_or_not_at_all():
+    """A tensor that two calls share, such as a mask that a model keeps, does not tell which call a module is of."""
+    role = Role(Family(), "causal", 0, ())
+    first, second = (Plan(role, torch.nn.Identity(), True, {}) for _ in range(2))
+    own, other, shared = torch.ones(1), torch.ones(1), torch.ones(1)
+    remember(first, [own, shared])
+    assert recall([own, shared]) is first.kept and recall([shared]) is first.kept
+    remember(second, [other, shared])
+    assert recall([own, shared]) is first.kept and recall([other, shared]) is second.kept
+    assert recall([shared]) is None and recall([own, other]) is None and recall([torch.ones(1)]) is None
