@@ -58,7 +58,7 @@ def test_call_after_an_interrupt(adapt, ids, interrupted):
         if interrupted == "outer":
             model(input_ids=ids[:, :7], labels=labels_of(ids[:, :7], [(3, 7)], [(3, 7)]))
         elif interrupted == "inner":
-            inner(input_ids=ids[:, :7])
+            inner(input_ids=ids)  # the very ids that the whole model is given next
         else:
             model.generate(input_ids=ids[:, :7], max_new_tokens=2)
     handle.remove()
