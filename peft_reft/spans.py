@@ -213,7 +213,6 @@ def before_labels(
 
     column = torch.arange(columns, device=valid.device).expand_as(rank)
     next_end = column.masked_fill(~ends, columns).flip(1).cummin(1).values.flip(1)  # at the token or after it
-    next_end = torch.cat([next_end[:, 1:], next_end.new_full((len(valid), 1), columns)], dim=1)
     follows = next_end < columns
     next_end = next_end.clamp(max=columns - 1)
     if sequences is not None:
