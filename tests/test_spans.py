@@ -224,6 +224,14 @@ def test_packed_rows(adapt, ids, positions, columns):
     )
 
 
+def test_packed_prompt_ends_with_its_own_sequence(adapt, ids):
+    """Row 0: tokens after an answer, row 1: a sequence without one; neither is in the prompt of the next sequence."""
+    position_ids = torch.tensor([[*range(6), *range(6)]] * 2)
+    labels = labels_of(ids, [(2, 3), (10, 12)], [(10, 12)])
+    columns = {"unit": [[0, 1, 8, 9], [4, 5, 8, 9]]}
+    assert_edits(adapt(positions="l2"), columns, input_ids=ids, position_ids=position_ids, labels=labels)
+
+
 def test_packed_rows_by_lengths(adapt, ids):
     ids = ids[:1]
     labels, position_ids = labels_of(ids, PACKED["answers"][0]), PACKED["position_ids"][:1]
