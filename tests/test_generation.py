@@ -14,7 +14,9 @@ from transformers import (
     StaticCache,
 )
 
-from peft_reft.generation import CACHES, cached_tokens
+from peft_reft.generation import CACHES, Family, cached_tokens
+from peft_reft.plan import Plan, Role
+from peft_reft.positions import Positions
 
 GENERATED = {
     "f2+l2": {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]},
@@ -240,9 +242,9 @@ def make_mamba():
 
 def test_state_space_model(adapt, ids):
     """Its cache does not tell how much it has seen."""
-    model, by_hand = adapt(make_mamba, positions="f2+l2")
+    model, by_hand = adapt(make_mamba, positions="l2")
     ids = ids[:1]
-    expected = by_hand.generate({"prefix": [[0, 1]], "suffix": [[10, 11]]}, ids)
+    expected = by_hand.generate({"unit": [[10, 11]]}, ids)
     assert torch.equal(model.generate(input_ids=ids, **GREEDY), expected)
     assert torch.equal(model.generate(input_ids=ids, use_cache=False, **GREEDY), expected)
     tokens, given, cache = ids, ids, {}
@@ -259,6 +261,18 @@ def test_state_space_model(adapt, ids):
 def test_cache_of_an_unknown_kind():
     with pytest.raises(ValueError, match="cache of type object.*continuous batching"):
         cached_tokens(object())
+
+
+def test_cache_that_cannot_tell_its_length(adapt, ids):
+    """transformers' caches raise where no layer is one of attention: a single token then goes on with an answer."""
+
+    class Silent(DynamicCache):
+        def get_seq_length(self, *args):
+            raise ValueError("only attention layers can tell")
+
+    assert cached_tokens(Silent()) is None
+    plan = Plan(Role(Family(), "causal", 0, ()), torch.nn.Identity(), False, {"cache": Silent()})
+    assert plan.rows(Positions.parse("l1"), ("unit",), 1, 1, torch.device("cpu")) is None
 
 
 TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64)

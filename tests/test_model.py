@@ -116,7 +116,12 @@ def test_autocast_adapter_dtype(ids, dtype):
 
 
 def test_reported_hidden_states_are_the_edited_ones(adapt, ids):
-    model, by_hand = adapt(positions="l2")
+    def make():
+        base = make_llama()
+        base(input_ids=ids, output_hidden_states=True)  # so that transformers' hooks are there before ReFT's
+        return base
+
+    model, by_hand = adapt(make, positions="l2")
     with torch.no_grad():
         reported = model(input_ids=ids, output_hidden_states=True).hidden_states
         seen = []

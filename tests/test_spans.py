@@ -105,12 +105,15 @@ def test_inputs_embeds(adapt, ids):
 
 
 def test_positional_arguments(adapt, ids):
+    """To the base model: a PeftModel passes them on by name."""
     model, by_hand = adapt(positions="l2")
     mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
     with torch.no_grad():
-        logits = model(ids, mask).logits
-    expected = by_hand.logits({"unit": [[10, 11], [7, 8]]}, input_ids=ids, attention_mask=mask)
-    torch.testing.assert_close(logits[1, :9], expected[1, :9], atol=1e-5, rtol=1e-5)
+        logits = model.get_base_model()(ids, mask).logits
+        labelled = model.get_base_model()(ids, mask, None, None, None, labels_of(ids, [(5, 12)], [(5, 9)])).logits
+    for found, columns in ((logits, [[10, 11], [7, 8]]), (labelled, [[3, 4], [3, 4]])):
+        expected = by_hand.logits({"unit": columns}, input_ids=ids, attention_mask=mask)
+        torch.testing.assert_close(found[1, :9], expected[1, :9], atol=1e-5, rtol=1e-5)
 
 
 def test_every_answer_ends_a_prompt(adapt, ids):
@@ -136,6 +139,9 @@ def test_tokens_after_the_last_answer_are_in_no_prompt(adapt, ids):
 def test_prompt_that_fills_its_row(adapt, ids):
     labels = labels_of(ids, [(5, 12)], [])
     assert_edits(adapt(positions="l2"), {"unit": [[3, 4], [10, 11]]}, input_ids=ids, labels=labels)
+    mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
+    columns = {"prefix": [[0, 1], [0, 1, 2, 3]], "suffix": [[3, 4], [4, 5, 6, 7]]}
+    assert_edits(adapt(positions="f5+l5"), columns, input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def test_labels_everywhere(adapt, ids):
@@ -145,9 +151,12 @@ def test_labels_everywhere(adapt, ids):
     inputs = dict(input_ids=ids, attention_mask=mask, labels=labels)
     assert_edits(adapt(positions="f2"), {"unit": [[0, 1], [3, 4]]}, **inputs)
     assert_edits(adapt(positions="all"), {"unit": [list(range(12)), list(range(3, 12))]}, **inputs)
+    hole = mask.clone()
+    hole[:, 6] = 0  # no prompt begins behind a token that is left out
     for positions in ("l1", "f2+l2", "prompt"):
-        with pytest.raises(ValueError, match="labels from its first token on.*-100"):
-            adapt(positions=positions)[0](**inputs)
+        for seen in (mask, hole):
+            with pytest.raises(ValueError, match="labels from its first token on.*-100"):
+                adapt(positions=positions)[0](**inputs | dict(attention_mask=seen))
 
 
 def test_prompt_lengths_come_before_labels(adapt, ids):
