@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from by_hand import make_llama
+from by_hand import GREEDY, make_llama
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
@@ -57,6 +57,8 @@ def test_second_adapter_adds_no_second_hooks(adapt, ids):
     model.add_adapter("second", ReftConfig(task_type="CAUSAL_LM", r=2))
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()]
     assert sum(after) == sum(before)
+    whole, chunked = (model.generate(input_ids=ids, **GREEDY, **o) for o in ({}, dict(prefill_chunk_size=5)))
+    assert torch.equal(whole, chunked)  # the prompt that generate remembers is still that of the model's plans
 
 
 class Custom(nn.Module):

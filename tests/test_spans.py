@@ -279,6 +279,16 @@ def test_packed_labels_everywhere(adapt, ids):
     assert_edits(adapt(positions="f2"), {"unit": [[0, 1, 5, 6], [0, 1, 6, 7, 10, 11]]}, **inputs)
 
 
+def test_single_sequence_in_packed_form(adapt, ids):
+    """A row that happens to hold one sequence hides its first label, too."""
+    labels = ids[:1].clone()
+    labels[:, 0] = IGNORED
+    inputs = dict(input_ids=ids[:1], labels=labels)
+    assert_edits(adapt(positions="l1"), {"unit": [[0]]}, **inputs)  # not packed: a prompt of one token
+    with pytest.raises(ValueError, match="labels from its first token on"):
+        adapt(positions="l1")[0](**inputs, cu_seq_lens_q=torch.tensor([0, 12], dtype=torch.int32))
+
+
 def test_packed_rows_have_no_single_length(adapt, ids):
     with pytest.raises(ValueError, match="several sequences"):
         adapt()[0](input_ids=ids, position_ids=PACKED["position_ids"], prompt_lengths=torch.tensor([3, 3]))
