@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from by_hand import make_llama
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -41,6 +42,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE, **special)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer) -> str:
+    """The folder of a tiny base model with that tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    make_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def sentences(count, shortest=4, longest=12):

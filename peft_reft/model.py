@@ -195,9 +195,14 @@ def check_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, 
         if given[key].shape != needed[key].shape
     ]
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(
-            f"The checkpoint of adapter {adapter_name!r} does not fit its config: "
-            f"{'; '.join(sorted(problems)[:3])}{more}. Its r, rank_pattern, positions, share_weights, intervention "
-            "and layers must be those that it was trained with, and so must the base model's shape."
-        )
+        raise misfit(adapter_name, problems)
+
+
+def misfit(adapter_name: str, problems: list[str]) -> ValueError:
+    """The error for a checkpoint that does not fit its config, which names the first of the problems."""
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return ValueError(
+        f"The checkpoint of adapter {adapter_name!r} does not fit its config: "
+        f"{'; '.join(sorted(problems)[:3])}{more}. Its r, rank_pattern, positions, share_weights, intervention "
+        "and layers must be those that it was trained with, and so must the base model's shape."
+    )

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers.integrations import PeftAdapterMixin
 
 from .card import describe_use
+from .model import misfit
 from .registration import REFT
 
 
@@ -65,12 +66,9 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     before = set(getattr(model, "peft_config", {}))
     info = method(model, *args, **kwargs)
     added = [name for name in model.peft_config if name not in before]
-    unfit = [key for key in (*info.missing_keys, *info.unexpected_keys) if ".reft_" in key]
-    if unfit and any(model.peft_config[name].peft_type == REFT for name in added):
+    problems = [f"{key} is missing" for key in info.missing_keys if ".reft_" in key]
+    problems += [f"{key} has no place" for key in info.unexpected_keys if ".reft_" in key]
+    if problems and any(model.peft_config[name].peft_type == REFT for name in added):
         model.delete_adapter(added)
-        raise ValueError(
-            f"The checkpoint of adapter {added[0]!r} does not fit its config: {', '.join(sorted(unfit)[:3])} are "
-            "missing or have no place. Its r, rank_pattern, positions, share_weights, intervention and layers must be "
-            "those that it was trained with, and so must the base model's shape."
-        )
+        raise misfit(added[0], problems)
     return info

@@ -7,19 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from by_hand import make_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    make_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def run(folder, script, *options):

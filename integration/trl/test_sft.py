@@ -4,20 +4,12 @@ import json
 
 import pytest
 import torch
-from by_hand import ByHand, make_llama
+from by_hand import ByHand
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    make_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def reft(**options):
