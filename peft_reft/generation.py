@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .mixed_batch import MixedBatch
 from .positions import Spans
 from .spans import whole_sequences
 
@@ -72,6 +73,8 @@ class Generation:
             first forward is given: an encoder-decoder model's decoder begins with tokens that `generate` chooses.
         seen (`int`): tokens that have been processed; at first those that the cache holds.
         cache: the cache of the forwards, once they have one.
+        continues (`bool`): whether the call goes on with the prompt of the call in which it is made.
+        mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
     """
 
     family: Family
@@ -79,6 +82,8 @@ class Generation:
     valid: torch.Tensor | None = None
     seen: int = 0
     cache: Any = None
+    continues: bool = False
+    mixed_batch: MixedBatch | None = None
 
     @classmethod
     def of(
@@ -114,6 +119,7 @@ class Generation:
         if outer is not None and outer.family is family and outer.is_continued_by(generation.input_ids):
             # The model drafts for itself: the prompt is still the same.
             generation.input_ids, generation.valid = outer.input_ids, outer.valid
+            generation.continues = True
         elif kwargs.get("attention_mask") is not None:
             generation.valid = kwargs["attention_mask"].bool()
         elif kwargs.get("inputs_embeds") is not None:
@@ -125,17 +131,19 @@ class Generation:
         return generation
 
     def is_continued_by(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether ids begin with this call's prompt."""
-        if self.input_ids is None or input_ids is None or len(input_ids) != len(self.input_ids):
+        """Whether ids, a row or several for each prompt, begin with this call's prompts."""
+        if self.input_ids is None or input_ids is None or len(input_ids) % len(self.input_ids):
             return False
-        return torch.equal(input_ids[:, : self.input_ids.shape[1]], self.input_ids)
+        prompts = self.input_ids.repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
+        return torch.equal(input_ids[:, : prompts.shape[1]], prompts.to(input_ids.device))
 
     def is_of(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments goes on with this call's sequences, not with others of its own."""
-        cache = find_cache(arguments)
-        is_foreign = cache is not None and self.cache is not None and cache is not self.cache
-        if is_foreign or given_tokens(arguments) is None:
+        cache, ids = find_cache(arguments), arguments.get("input_ids")
+        if given_tokens(arguments) is None or (self.cache is not None and cache is not self.cache):
             return False
+        if cache is None and self.seen and ids is not None and self.input_ids is not None:
+            return self.is_continued_by(ids)  # without a cache, every forward is given all tokens
         self.cache = cache
         return True
 

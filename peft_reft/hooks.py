@@ -16,15 +16,15 @@ from transformers import GenerationMixin, PreTrainedModel
 from . import plan as plans
 from .generation import Family, Generation, current_generation, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
+from .mixed_batch import BASE, MixedBatch, current_mixed_batch, hook_wrappers, set_mixed_batch
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of an adapted module: pass its output, a tensor or the first of a tuple, through the child."""
-    layer = layer_of(module)
-    if layer is None or not layer.adapters_in_use:
+    layer, plan = layer_of(module), plans.current_plan()
+    if layer is None or not layer.is_used_by(plan):
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
-    plan = plans.current_plan()
     if module.training and not torch.compiler.is_compiling():
         # Activation checkpointing may run the module again in the backward pass, when the call is over.
         others = plans.tensors_among(args[1:], kwargs)
@@ -58,11 +58,17 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         if outer.contains(role, arguments):
             return None
         outer = outer.outer  # left behind by an interrupt
-    generation = current_generation()
+    generation, mixed_batch = current_generation(), current_mixed_batch()
     if generation is not None:
         is_its = generation.family is role.family and role.kind != "whole" and generation.is_of(arguments)
+        if not is_its and role.kind != "whole" and mixed_batch is generation.mixed_batch:
+            mixed_batch = None  # its rows are not those of this call
         generation = generation if is_its else None
-    plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer))
+    if kwargs.get("adapter_names") is not None:  # a PeftModel around the model would have kept them
+        mixed_batch = mix(module, role.family, kwargs.pop("adapter_names"))
+    if mixed_batch is not None and mixed_batch.family is not role.family:
+        mixed_batch = None
+    plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer, mixed_batch))
     kwargs.pop("prompt_lengths", None)
     return args, kwargs
 
@@ -95,14 +101,50 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, plan, outer = self.model(), plans.current_plan(), current_generation()
-        set_generation(Generation.of(model, self.family, args, kwargs, outer))
+        mixed_batch = given = current_mixed_batch()
+        if kwargs.get("adapter_names") is not None:
+            mixed_batch = mix(model, self.family, kwargs.pop("adapter_names"))
+        generation = Generation.of(model, self.family, args, kwargs, outer)
+        if outer is not None and not generation.continues and mixed_batch is outer.mixed_batch:
+            mixed_batch = None
+        generation.mixed_batch = mixed_batch
+        set_generation(generation)
+        set_mixed_batch(mixed_batch)
         try:
             if self.replaced is not None:
                 return self.replaced(*args, **kwargs)
             return type(model).generate(model, *args, **kwargs)
         finally:
             set_generation(outer)
+            set_mixed_batch(given)
             plans.set_plan(plan)  # after an interrupt, too
+
+
+def mix(model: nn.Module, family: Family, names: Any) -> MixedBatch:
+    """Make the mixed batch that `adapter_names` asks for.
+
+    Raises:
+        ValueError: if the model is being trained, or the names are not those of its adapters.
+    """
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() before.")
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names={names!r} must be a list with the name of an adapter for each row.")
+    known = {name for _, layer in adapted_modules(model).values() for name in layer.positions}
+    unknown = sorted(set(names) - known - {BASE})
+    if unknown:
+        raise ValueError(
+            f"adapter_names names adapters that are not there: {', '.join(unknown)}. There are "
+            f"{', '.join(sorted(known))}, and {BASE} for none."
+        )
+    hook_wrappers(model)
+    return MixedBatch(family, tuple(names))
+
+
+def family_of(model: nn.Module) -> Family:
+    """What stands for a model, new if it has not been adapted before."""
+    roles = (vars(module).get("_reft_role") for module in model.modules())
+    return next((role.family for role in roles if role is not None), None) or Family()
 
 
 def hook_module(module: nn.Module, layer: ReftLayer) -> None:
@@ -135,8 +177,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             is_causal = continues or config.task_type == TaskType.CAUSAL_LM
             is_causal = is_causal or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
             callers |= dict.fromkeys(around, "causal" if is_causal else "whole")
-    known = [role.family for module in model.modules() if (role := vars(module).get("_reft_role")) is not None]
-    family = known[0] if known else Family()
+    family = family_of(model)
     for path, kind in callers.items():
         module = model.get_submodule(path)
         if "_reft_role" not in vars(module):

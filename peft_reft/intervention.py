@@ -11,6 +11,33 @@ from .config import Variant
 from .orthogonal import orthonormal_rows
 
 
+def low_rank_edit(
+    h: torch.Tensor,
+    projection: torch.Tensor,
+    weight: torch.Tensor | None,
+    b: torch.Tensor,
+    act_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    subtracted: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """h + projection^T (act_fn(weight h + b) - subtracted h).
+
+    Args:
+        h (`torch.Tensor` [..., n, d]): hidden states.
+        projection, weight, subtracted (`torch.Tensor` [..., r, d]): of the same dtype as `h`; None for zero.
+        b (`torch.Tensor` [r] or [..., 1, r]): the bias.
+        act_fn (*optional*): the identity if None.
+
+    Returns:
+        `torch.Tensor` [..., n, d]
+    """
+    low_rank = b if weight is None else h @ weight.mT + b
+    if act_fn is not None:
+        low_rank = act_fn(low_rank)
+    if subtracted is not None:
+        low_rank = low_rank - h @ subtracted.mT
+    return h + low_rank @ projection
+
+
 class Intervention(nn.Module):
     """One unit: h' = h + edit(h), with edit(h) = R^T (s(h) - R h) in LoReFT (arXiv 2404.03592, equation 2).
 
@@ -32,7 +59,10 @@ class Intervention(nn.Module):
         self.W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
         self.b = nn.Parameter(torch.empty(r, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
-        self.act_fn: Callable[[torch.Tensor], torch.Tensor] | None = ACT2FN[act_fn] if act_fn else None
+        self.activation = act_fn if variant.linear else None  # a constant source has none
+        self.act_fn: Callable[[torch.Tensor], torch.Tensor] | None = (
+            ACT2FN[self.activation] if self.activation else None
+        )
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
@@ -82,15 +112,13 @@ class Intervention(nn.Module):
             projection = self.projection()
             dtype = torch.promote_types(hidden_states.dtype, projection.dtype)
             h, projection, b = hidden_states.to(dtype), projection.to(dtype), self.b.to(dtype)
-            weight = None if self.W is None else self.W.to(dtype)
-            if weight is not None and self.act_fn is None:
-                # In one product, so that W = R makes the edit exactly zero.
-                low_rank = h @ (weight - projection if self.variant.subtract else weight).mT + b
-            else:
-                low_rank = b if weight is None else self.act_fn(h @ weight.mT + b)  # type: ignore[misc]
-                if self.variant.subtract:
-                    low_rank = low_rank - h @ projection.mT
-            return self.dropout(h + low_rank @ projection).to(hidden_states.dtype)
+            weight, subtracted = None if self.W is None else self.W.to(dtype), None
+            if self.variant.subtract and self.act_fn is not None:
+                subtracted = projection
+            elif self.variant.subtract:  # in one product, so that W = R makes the edit exactly zero
+                weight = -projection if weight is None else weight - projection
+            edited = low_rank_edit(h, projection, weight, b, self.act_fn, subtracted)
+            return self.dropout(edited).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"r={self.R.shape[0]}, d={self.R.shape[1]}, {self.variant}"

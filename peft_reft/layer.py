@@ -1,5 +1,7 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
+from collections.abc import Callable, Iterator, Mapping
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -7,7 +9,9 @@ from torch import nn
 from .config import VARIANTS, ReftConfig
 from .intervention import Intervention
 from .plan import Plan
-from .positions import Positions
+from .positions import Positions, PositionsOfRows
+
+Unit = Callable[[torch.Tensor], torch.Tensor]  # edits hidden states [batch, n, d]
 
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
@@ -63,10 +67,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, f"reft_{unit}")
         }
 
-    @property
-    def adapters_in_use(self) -> list[str]:
-        """The names of the active adapters that this layer has, none if adapters are disabled."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.positions]
+    def is_used_by(self, plan: Plan | None) -> bool:
+        """Whether a call has adapters to run here; one whose plan is not known has the active ones."""
+        mixed = None if plan is None else plan.mixed_batch
+        names = self.active_adapters if mixed is None else mixed.names
+        return not self.disable_adapters and any(name in self.positions for name in names)
+
+    def edits(self, plan: Plan) -> Iterator[tuple[Positions | PositionsOfRows, Mapping[str, Unit]]]:
+        """The choices of positions that are edited in a call, one after the other, each with its units by name."""
+        names = [name for name in self.active_adapters if name in self.positions]
+        if plan.mixed_batch is None:
+            yield from ((self.positions[name], self.units(name)) for name in names)
+        else:
+            yield plan.mixed_batch.edits(self, self.positions, {name: self.units(name) for name in self.positions})
 
     def forward(self, hidden_states: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Edit what the module put out.
@@ -78,10 +91,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         Returns:
             `torch.Tensor` [batch, tokens, d]: the same but at the edited tokens.
         """
-        for adapter_name in self.adapters_in_use:
-            units = self.units(adapter_name)
+        for positions, units in self.edits(plan):
             batch, tokens = hidden_states.shape[:2]
-            rows = plan.rows(self.positions[adapter_name], tuple(units), batch, tokens, hidden_states.device)
+            rows = plan.rows(positions, tuple(units), batch, tokens, hidden_states.device)
             for unit, (indices, mask) in (rows or {}).items():
                 hidden_states = edit_rows(hidden_states, units[unit], indices, mask)
         return hidden_states
@@ -108,7 +120,7 @@ def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
 
 
 def edit_rows(
-    hidden_states: torch.Tensor, unit: Intervention, indices: torch.Tensor | None, mask: torch.Tensor | None
+    hidden_states: torch.Tensor, unit: Unit, indices: torch.Tensor | None, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Edit some tokens: gather, edit, put back. The arguments are those of `Rows`."""
     columns = None if indices is None else indices.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])

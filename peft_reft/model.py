@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import ReftConfig
-from .hooks import hook_model, hook_module, unhook_model
+from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
+from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .registration import REFT
 from .targets import find_targets, is_excluded
 
@@ -113,6 +114,17 @@ class ReftModel(BaseTuner):
         for module, layer in adapted_modules(self.model).values():
             move_adapter(layer, adapter_name, module, cast=True)
 
+    # Calling
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names, outer = kwargs.get("adapter_names"), current_mixed_batch()
+        set_mixed_batch(None if names is None else mix(self.model, family_of(self.model), names))
+        try:
+            yield
+        finally:
+            set_mixed_batch(outer)
+
     # What cannot be done with ReFT
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -145,15 +157,6 @@ class ReftModel(BaseTuner):
 
     def unmerge_adapter(self) -> None:
         raise ValueError(CANNOT_MERGE)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: ReFT cannot use a different adapter for each row of a "
-                "batch yet. Run one batch an adapter, with model.set_adapter(name) before it."
-            )
-        yield
 
     # Loading
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .generation import CACHES, Family, Generation, cached_tokens, find_cache, given_tokens
-from .positions import Positions, Rows, Spans, to_rows
+from .mixed_batch import MixedBatch
+from .positions import Positions, PositionsOfRows, Rows, Spans, to_rows
 from .spans import IGNORED_LABEL, before_labels, given_lengths, sequence_ids, valid_tokens, whole_sequences
 
 # The arguments of a model's forward that tell where prompts are.
@@ -98,6 +99,7 @@ class Plan:
         arguments (`dict`): those of its arguments that are in `TELLING`.
         generation (`Generation`, *optional*): the call of `generate` that it is part of.
         outer (`Plan`, *optional*): the plan that was current when the call began.
+        mixed_batch (`MixedBatch`, *optional*): the adapters of its rows, where they differ.
     """
 
     role: Role
@@ -106,6 +108,7 @@ class Plan:
     arguments: Mapping[str, Any]
     generation: Generation | None = None
     outer: "Plan | None" = None
+    mixed_batch: MixedBatch | None = None
     _window: tuple[int, int] | None = None
     _past: int | torch.Tensor | None = 0
     _rows: dict[Any, dict[str, Rows] | None] = field(default_factory=dict)
@@ -133,12 +136,17 @@ class Plan:
         return replace(self, owner=None, arguments={}, generation=None, outer=None)
 
     def rows(
-        self, positions: Positions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+        self,
+        positions: Positions | PositionsOfRows,
+        units: tuple[str, ...],
+        batch: int,
+        tokens: int,
+        device: torch.device,
     ) -> dict[str, Rows] | None:
         """The tokens that each unit edits, found once a call.
 
         Args:
-            positions (`Positions`): the choice of positions.
+            positions (`Positions` or `PositionsOfRows`): the choice of positions.
             units (`tuple[str, ...]`): the names of the units.
             batch, tokens (`int`): shape of the hidden states.
             device (`torch.device`): device of the hidden states.
@@ -155,17 +163,20 @@ class Plan:
                 raise RuntimeError(
                     "A module was recomputed in the backward pass with adapters that its forward did not use."
                 )
+            if self.mixed_batch is not None:
+                self.mixed_batch.repeats(batch, expanded=self.generation is not None)
             spans = self._find_spans(positions, batch, tokens, device)
             if spans is None:
-                everything = {"unit": Rows(None, None)} if positions.span == "all" else None
-                self._rows[key] = everything
+                self._rows[key] = positions.outside_prompts(units, batch, tokens, device)
             else:
                 masks = positions.select(spans, units)
                 most = {unit: positions.most(unit) if spans.one_prompt else None for unit in masks}
                 self._rows[key] = {unit: to_rows(mask, most[unit]) for unit, mask in masks.items()}
         return self._rows[key]
 
-    def _find_spans(self, positions: Positions, batch: int, tokens: int, device: torch.device) -> Spans | None:
+    def _find_spans(
+        self, positions: Positions | PositionsOfRows, batch: int, tokens: int, device: torch.device
+    ) -> Spans | None:
         """The prompts of the call; None where its tokens are in no prompt."""
         arguments = self.arguments
         given = given_tokens(arguments)
@@ -203,7 +214,7 @@ class Plan:
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
 
-    def _no_end(self, positions: Positions) -> str:
+    def _no_end(self, positions: Positions | PositionsOfRows) -> str:
         message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
         if self.role.kind == "decoder":
             return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+EVERY = torch.iinfo(torch.int64).max
 SYNTAX = re.compile(r"(?:f(?P<prefix>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<suffix>[1-9]\d*))?")
 
 
@@ -90,29 +91,98 @@ class Positions:
     def most(self, unit: str) -> int | None:
         """The most tokens of one prompt that a unit edits; None if only the prompt's length bounds them."""
         if self.span:
-            return None
+            return 0 if unit == "prefix" else None
         return {"prefix": self.prefix, "suffix": self.suffix, "unit": self.prefix + self.suffix}[unit]
 
     def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Mark the tokens to edit.
 
-        A prefix and a suffix that would overlap are cut to half the prompt each, as in pyreft's
-        `get_intervention_locations`, so that no token is edited twice.
-
         Returns:
             `dict[str, torch.BoolTensor [batch, tokens]]`: a mask for each of `units`.
         """
-        if self.span == "all":
-            return {"unit": spans.valid}
-        given = spans.valid if spans.answer is None else spans.valid & ~spans.answer
-        if self.span == "prompt":
-            return {"unit": given & (spans.rank < spans.suffix_length)}
-        share = 2 if self.prefix and self.suffix else 1
-        prefix_end = (spans.prefix_length // share).clamp(max=self.prefix)
-        suffix_start = spans.suffix_length - (spans.suffix_length // share).clamp(max=self.suffix)
-        prefix = spans.valid & (spans.rank < prefix_end)
-        suffix = given & (spans.rank >= suffix_start) & (spans.rank < spans.suffix_length)
-        return {"prefix": prefix, "suffix": suffix} if len(units) == 2 else {"unit": prefix | suffix}
+        return {"unit": spans.valid} if self.span == "all" else mark(spans, *self.counts, units)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many first and last tokens of the prompt are edited, at most."""
+        return (0, EVERY) if self.span == "prompt" else (self.prefix, self.suffix)
+
+    def outside_prompts(
+        self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+    ) -> dict[str, Rows] | None:
+        """What is edited where no token is in a prompt; None if nothing is."""
+        return {"unit": Rows(None, None)} if self.span == "all" else None
+
+
+@dataclass(frozen=True)
+class PositionsOfRows:
+    """A choice of positions for each row of a batch, with the methods of `Positions`.
+
+    Attributes:
+        choices (`tuple[Positions | None, ...]`): one for each row, or for each group of rows that a prompt was
+            expanded to; None for rows that are not edited.
+    """
+
+    choices: tuple[Positions | None, ...]
+
+    @property
+    def text(self) -> str:
+        return ", ".join(dict.fromkeys(choice.text for choice in self.choices if choice))
+
+    @property
+    def need_end(self) -> bool:
+        return any(choice.need_end for choice in self.choices if choice)
+
+    def most(self, unit: str) -> int | None:
+        bounds = [choice.most(unit) for choice in self.choices if choice]
+        return None if None in bounds else max((bound for bound in bounds if bound is not None), default=0)
+
+    def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        batch, device = len(spans.valid), spans.valid.device
+        counts = [(0, 0) if choice is None or choice.span == "all" else choice.counts for choice in self.choices]
+        prefix, suffix = self._by_row(counts, batch, device).unbind(-1)
+        masks, everywhere = mark(spans, prefix, suffix, units), self._everywhere(batch, device)
+        return masks if everywhere is None else masks | {units[-1]: masks[units[-1]] | (spans.valid & everywhere)}
+
+    def outside_prompts(
+        self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+    ) -> dict[str, Rows] | None:
+        everywhere = self._everywhere(batch, device)
+        return None if everywhere is None else {units[-1]: Rows(None, everywhere.expand(-1, tokens))}
+
+    def _everywhere(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """The rows whose every token is edited [batch, 1]; None if there is no such row."""
+        chosen = [choice is not None and choice.span == "all" for choice in self.choices]
+        return self._by_row(chosen, batch, device) if any(chosen) else None
+
+    def _by_row(self, values: list, batch: int, device: torch.device) -> torch.Tensor:
+        """A value of each choice, as a tensor [batch, 1, ...]."""
+        return torch.tensor(values, device=device).repeat_interleave(batch // len(values), dim=0).unsqueeze(1)
+
+
+def mark(
+    spans: Spans, prefix: int | torch.Tensor, suffix: int | torch.Tensor, units: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """Mark the first and the last tokens of prompts.
+
+    A prefix and a suffix that would overlap are cut to half the prompt each, as in pyreft's
+    `get_intervention_locations`, so that no token is edited twice.
+
+    Args:
+        spans (`Spans`): where prompts are.
+        prefix, suffix (`int` or `torch.LongTensor` [batch, 1]): how many tokens.
+        units (`tuple[str, ...]`): the names of the units.
+
+    Returns:
+        `dict[str, torch.BoolTensor [batch, tokens]]`: a mask for each of `units`.
+    """
+    given = spans.valid if spans.answer is None else spans.valid & ~spans.answer
+    share = 1 + (prefix > 0) * (suffix > 0)
+    prefix_end = (spans.prefix_length // share).clamp(max=prefix)
+    suffix_start = spans.suffix_length - (spans.suffix_length // share).clamp(max=suffix)
+    first = spans.valid & (spans.rank < prefix_end)
+    last = given & (spans.rank >= suffix_start) & (spans.rank < spans.suffix_length)
+    return {"prefix": first, "suffix": last} if len(units) == 2 else {"unit": first | last}
 
 
 def to_rows(mask: torch.Tensor, most: int | None) -> Rows:

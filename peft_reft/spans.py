@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .positions import Positions, Spans
+from .positions import Positions, PositionsOfRows, Spans
 
 IGNORED_LABEL = -100
 
@@ -172,7 +172,11 @@ def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: 
 
 
 def before_labels(
-    valid: torch.Tensor, sequences: torch.Tensor | None, labels: torch.Tensor, positions: Positions, packed: bool
+    valid: torch.Tensor,
+    sequences: torch.Tensor | None,
+    labels: torch.Tensor,
+    positions: Positions | PositionsOfRows,
+    packed: bool,
 ) -> Spans:
     """Each run of labels that are not -100 is an answer, and ends a prompt that began with its sequence.
 
@@ -180,7 +184,8 @@ def before_labels(
         valid (`torch.BoolTensor` [batch, tokens]): False on padding.
         sequences (`torch.LongTensor` [batch, tokens], *optional*): the ids of `sequence_ids`.
         labels (`torch.LongTensor` [batch, tokens]): next-token targets, -100 where there is none.
-        positions (`Positions`): the choice of positions, which says whether a prompt must end somewhere.
+        positions (`Positions` or `PositionsOfRows`): the choice of positions, which says whether a prompt must end
+            somewhere.
         packed (`bool`): whether the first label of every sequence is -100, prompt or not, as packing needs it.
 
     Raises:

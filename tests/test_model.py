@@ -400,16 +400,6 @@ def test_print_trainable_parameters(capsys):
     assert "trainable params: 1,560 ||" in capsys.readouterr().out
 
 
-def test_adapter_names_for_each_row_are_refused(ids):
-    model = get_peft_model(make_llama(), config()).eval()
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="adapter_names=.*set_adapter"):
-            call(input_ids=ids, adapter_names=["default", "__base__"])
-
-
-# Taking it away again
-
-
 def test_merging_is_refused(ids):
     model = get_peft_model(make_llama(), config())
     edited = logits(model, ids)

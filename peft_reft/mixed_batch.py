@@ -1,0 +1,179 @@
+"""A mixed batch: an adapter for each row, as PEFT's `adapter_names` asks for.
+
+All rows are edited together: the weights of the adapters are stacked, and each row takes its own.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .intervention import Intervention, low_rank_edit
+from .orthogonal import orthonormal_rows
+from .positions import Positions, PositionsOfRows
+
+if TYPE_CHECKING:
+    from .generation import Family
+
+BASE = "__base__"  # PEFT's name for no adapter
+
+_local = threading.local()
+
+
+class UnitsOfRows:
+    """Units of several adapters, of any variant and rank, that edit each row by its own.
+
+    Args:
+        units (`Sequence[Intervention]`): the units, all of the same width.
+        choices (`Sequence[int]`): for each row, or group of rows, the index of its unit.
+    """
+
+    def __init__(self, units: Sequence[Intervention], choices: Sequence[int]):
+        order, stacks = [], []
+        rank = max(unit.b.shape[0] for unit in units)
+        for members in _alike(units):
+            order += members
+            stacks.append(_stack([units[index] for index in members], rank))
+        projection, weight, b = (torch.cat(parts) for parts in zip(*stacks, strict=True))
+        device = b.device
+        units = [units[index] for index in order]
+        self.choices = torch.tensor([order.index(choice) for choice in choices], device=device)
+        self.projection, self.b = projection, b.unsqueeze(1)  # [units, r, d], [units, 1, r]
+        subtract = torch.tensor([unit.variant.subtract for unit in units], device=device).view(-1, 1, 1)
+        self.activations = {
+            name: torch.tensor([unit.activation == name for unit in units], device=device).view(-1, 1, 1)
+            for name in {unit.activation for unit in units if unit.activation}
+        }
+        self.act_fns = {unit.activation: unit.act_fn for unit in units}
+        self.subtracted = None
+        if self.activations:
+            activated = torch.stack(list(self.activations.values())).any(0)
+            self.subtracted = projection * (subtract & activated)
+            subtract = subtract & ~activated
+        self.weight = weight - projection * subtract  # in one product, as in `Intervention`
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Edit hidden states [batch, n, d], a multiple of the rows in the batch, as `Intervention.forward` does."""
+        choices = self.choices.repeat_interleave(len(hidden_states) // len(self.choices))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(hidden_states.dtype, self.projection.dtype)
+            projection, weight, b = (t[choices].to(dtype) for t in (self.projection, self.weight, self.b))
+            subtracted = None if self.subtracted is None else self.subtracted[choices].to(dtype)
+
+            def act_fn(source: torch.Tensor) -> torch.Tensor:
+                for name, chosen in self.activations.items():
+                    source = torch.where(chosen[choices], self.act_fns[name](source), source)  # type: ignore[misc]
+                return source
+
+            edited = low_rank_edit(hidden_states.to(dtype), projection, weight, b, act_fn, subtracted)
+            return edited.to(hidden_states.dtype)
+
+
+def _alike(units: Sequence[Intervention]) -> Iterable[list[int]]:
+    """The indices of units that can be stacked as they are."""
+    groups: dict[Any, list[int]] = {}
+    for index, unit in enumerate(units):
+        groups.setdefault((unit.variant.orthonormal, unit.R.shape, unit.R.dtype), []).append(index)
+    return groups.values()
+
+
+def _stack(units: Sequence[Intervention], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Projections and weights [units, rank, d] and biases [units, rank], with zeros up to the rank."""
+    rows = torch.stack([unit.R for unit in units])
+    projection = orthonormal_rows(rows) if units[0].variant.orthonormal else rows
+    weight = torch.stack([torch.zeros_like(unit.R) if unit.W is None else unit.W for unit in units])
+    b = torch.stack([unit.b for unit in units])
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    missing = rank - rows.shape[1]
+    return (
+        nn.functional.pad(projection.to(dtype), (0, 0, 0, missing)),
+        nn.functional.pad(weight.to(dtype), (0, 0, 0, missing)),
+        nn.functional.pad(b.to(dtype), (0, missing)),
+    )
+
+
+@dataclass
+class MixedBatch:
+    """A batch with an adapter for each row.
+
+    Attributes:
+        family (`Family`): the model that the batch is for.
+        names (`tuple[str, ...]`): the adapter of each row, `"__base__"` for none. In `generate`, where a prompt may
+            become several rows (beams, returned sequences), one for each prompt.
+    """
+
+    family: "Family"
+    names: tuple[str, ...]
+    _edits: dict[nn.Module, tuple[PositionsOfRows, dict[str, UnitsOfRows]]] = field(default_factory=dict)
+
+    def repeats(self, batch: int, expanded: bool) -> int:
+        """How many rows of a batch belong to each name.
+
+        Args:
+            batch (`int`): rows of the batch.
+            expanded (`bool`): whether a name may have several.
+
+        Raises:
+            ValueError: if the rows do not fit the names.
+        """
+        if batch % len(self.names) or (batch != len(self.names) and not expanded):
+            raise ValueError(
+                f"adapter_names names {len(self.names)} adapters, but the model is given {batch} rows: give one name "
+                f"for each row, {BASE!r} for the base model."
+            )
+        return batch // len(self.names)
+
+    def edits(
+        self, layer: nn.Module, positions: Mapping[str, Positions], units: Mapping[str, dict[str, Intervention]]
+    ) -> tuple[PositionsOfRows, dict[str, UnitsOfRows]]:
+        """What the batch's adapters edit in a layer, made once for as long as the batch lasts.
+
+        Args:
+            layer (`nn.Module`): the layer.
+            positions (`Mapping[str, Positions]`): the positions of each adapter that it has.
+            units (`Mapping[str, dict[str, Intervention]]`): and its units.
+        """
+        if layer not in self._edits:
+            adapters = [name for name in dict.fromkeys(self.names) if name in positions]
+            choices = [adapters.index(name) if name in adapters else 0 for name in self.names]
+            slots = ("prefix", "suffix") if any(len(units[name]) == 2 for name in adapters) else ("unit",)
+            stacked = {
+                slot: UnitsOfRows([units[name].get(slot) or units[name]["unit"] for name in adapters], choices)
+                for slot in slots
+            }
+            self._edits[layer] = PositionsOfRows(tuple(map(positions.get, self.names))), stacked
+        return self._edits[layer]
+
+
+def current_mixed_batch() -> MixedBatch | None:
+    """The mixed batch that this thread has been given, or None."""
+    return getattr(_local, "mixed_batch", None)
+
+
+def set_mixed_batch(mixed_batch: MixedBatch | None) -> None:
+    """Make `mixed_batch` the one that models find; None ends it."""
+    _local.mixed_batch = mixed_batch
+
+
+def hook_wrappers(model: nn.Module) -> None:
+    """Have the modules that adapters train and save apart (`modules_to_save`) follow mixed batches, too."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and not hasattr(module, "_reft_names_rows"):
+            module.register_forward_pre_hook(name_rows, with_kwargs=True)
+            module._reft_names_rows = True  # type: ignore[assignment]
+
+
+def name_rows(
+    wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook: tell PEFT's wrapper which of its modules each row is for."""
+    batch = current_mixed_batch()
+    if batch is None or wrapper.disable_adapters or not args:
+        return None
+    own, repeats = wrapper._get_available_adapters(), batch.repeats(len(args[0]), expanded=True)
+    names = [name if name in own else BASE for name in batch.names for _ in range(repeats)]
+    return args, kwargs | {"adapter_names": names}

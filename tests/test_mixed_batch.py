@@ -1,0 +1,301 @@
+"""An adapter for each row of a batch, against each row alone with its adapter active."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from by_hand import GREEDY, MASK, VOCABULARY, labels_of, make_gpt2, make_llama
+from peft import get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LogitsProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_reft import ReftConfig
+from peft_reft.mixed_batch import BASE, UnitsOfRows, current_mixed_batch
+
+ADAPTERS = {
+    "ends": dict(r=4, positions="f2+l2"),
+    "last": dict(r=2, positions="l3", intervention="direft", layers_to_transform=[0, 2]),
+    "first": dict(r=3, positions="f1", intervention="noreft", act_fn="relu"),
+    "shared": dict(r=4, positions="f3+l1", share_weights=True, act_fn="tanh"),
+    "prompt": dict(r=5, positions="prompt", intervention="consreft", layers_to_transform=[1]),
+    "all": dict(r=1, positions="all", intervention="lobireft", rank_pattern={"layers.1": 6}),
+    "added": dict(r=2, positions="f2+l5", intervention="direft_orthogonal"),
+}
+NAMES = ["last", "ends", BASE, "first", "all", "shared", "prompt", "ends", "added", "all"]
+PROMPT_ONLY = ["last", BASE, "ends", "first", "added"]
+
+
+def add_adapters(base, adapters=ADAPTERS, **options):
+    torch.manual_seed(1)
+    model = None
+    for name, own in adapters.items():
+        config = ReftConfig(**{"task_type": "CAUSAL_LM", "init_weights": False} | options | own)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    return add_adapters(make_llama())
+
+
+def make_rows(rows, tokens=12, padded=True):
+    ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    for row in range(rows if padded else 0):
+        mask[row, : row % 5] = 0
+    return ids, mask
+
+
+def alone(model, name, call):
+    """What a call gives with one adapter, or none, for all rows."""
+    if name != BASE:
+        model.set_adapter(name)
+    with model.disable_adapter() if name == BASE else nullcontext(), torch.no_grad():
+        return call()
+
+
+def assert_rows_equal_each_alone(model, names, inputs):
+    with torch.no_grad():
+        found = model(**inputs, adapter_names=names).logits
+    for row, name in enumerate(names):
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        expected = alone(model, name, lambda own=own: model(**own).logits)
+        seen = inputs["attention_mask"][row].bool() if expected.dim() == 3 else ...
+        torch.testing.assert_close(found[row][seen], expected[0][seen], atol=1e-5, rtol=1e-5)
+        base = alone(model, BASE, lambda own=own: model(**own).logits)
+        assert name == BASE or (base - expected)[0][seen].abs().max() > 1e-2, "the edit is too small to be seen"
+
+
+@pytest.mark.parametrize(
+    "names", [NAMES, PROMPT_ONLY, ["ends", "ends"], ["all", BASE], [BASE, BASE], ["first"]], ids=len
+)
+@pytest.mark.parametrize("told", ["nothing", "labels", "prompt_lengths"])
+def test_forward(model, names, told):
+    ids, mask = make_rows(len(names))
+    inputs = dict(input_ids=ids, attention_mask=mask)
+    if told == "labels":
+        inputs["labels"] = labels_of(ids, *([(7 + row % 4, 12)] for row in range(len(names))))
+    elif told == "prompt_lengths":
+        inputs["prompt_lengths"] = mask.sum(1) - 2
+    assert_rows_equal_each_alone(model, names, inputs)
+
+
+def test_turns_of_a_conversation(model):
+    names = ["ends", "last", "shared", "added"]
+    ids, _ = make_rows(4, tokens=16)
+    labels = labels_of(ids, *[[(4, 6), (9, 12), (14, 16)]] * 4)
+    assert_rows_equal_each_alone(model, names, dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels))
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(num_beams=3),
+        dict(num_beams=4, num_return_sequences=2),
+        dict(use_cache=False),
+        dict(prefill_chunk_size=5),
+        dict(cache_implementation="static"),
+    ],
+    ids=str,
+)
+def test_generate(make, options):
+    model = add_adapters(make())
+    ids, mask = make_rows(len(NAMES))
+    options = GREEDY | options
+    found = model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, **options)
+    each = len(found) // len(NAMES)
+    distinct = set()
+    for row, name in enumerate(NAMES):
+        own = dict(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        expected = alone(model, name, lambda own=own: model.generate(**own))
+        assert torch.equal(found[row * each : (row + 1) * each], expected), name
+        base = alone(model, BASE, lambda own=own: model.generate(**own))
+        distinct |= {name} if not torch.equal(base, expected) else set()
+    assert len(distinct) >= 4, "too few adapters change what is generated"
+
+
+def test_generate_of_a_model_without_peft_model(ids):
+    """A model adapted through transformers' own add_adapter takes the names as well."""
+    model = make_llama()
+    torch.manual_seed(1)
+    for name in ("ends", "last"):
+        model.add_adapter(ReftConfig(task_type="CAUSAL_LM", init_weights=False, **ADAPTERS[name]), name)
+    model.eval()
+    names, inputs = ["ends", BASE], dict(input_ids=ids, attention_mask=MASK)
+    found = model.generate(**inputs, adapter_names=names, **GREEDY)
+    with torch.no_grad():
+        logits = model(**inputs, adapter_names=names).logits
+        model.set_adapter("ends")
+        assert torch.equal(found[:1], model.generate(ids[:1], attention_mask=MASK[:1], **GREEDY))
+        torch.testing.assert_close(logits[:1], model(ids[:1], attention_mask=MASK[:1]).logits, atol=1e-5, rtol=1e-5)
+        model.disable_adapters()
+        assert torch.equal(found[1:], model.generate(ids[1:], attention_mask=MASK[1:], **GREEDY))
+        assert not torch.equal(found, model.generate(ids, attention_mask=MASK, **GREEDY))
+
+
+def test_all_rows_are_edited_in_one_pass(model, monkeypatch):
+    """Neither a loop over adapters nor, after the prompt, any call at all where positions are of the prompt alone."""
+    calls = []
+    edit = UnitsOfRows.__call__
+    monkeypatch.setattr(UnitsOfRows, "__call__", lambda self, h: calls.append(list(h.shape)) or edit(self, h))
+    ids, mask = make_rows(len(PROMPT_ONLY))
+    model.generate(input_ids=ids, attention_mask=mask, adapter_names=PROMPT_ONLY, **GREEDY)
+    assert calls == [[5, 2, 32], [5, 5, 32]] * 3
+    calls.clear()
+    ids, mask = make_rows(len(NAMES))
+    model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, **GREEDY)
+    assert [shape[1] for shape in calls] == [3, 12] * 3 + [1] * 15
+
+
+def test_gradients_reach_each_adapter_from_its_own_rows(model):
+    """In eval mode, as for saliency: the same gradients as from each row alone."""
+    names = ["ends", "last", "shared", "ends"]
+    ids, mask = make_rows(4)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    own = {n: p.requires_grad_() for n, p in model.named_parameters() if ".reft." in n}
+    model(input_ids=ids, attention_mask=mask, adapter_names=names).logits.square().sum().backward()
+    found = {n: p.grad.clone() for n, p in own.items() if p.grad is not None}
+    model.zero_grad()
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits.square().sum().backward()
+    assert any(".shared." in n for n in found)
+    for name, grad in found.items():
+        expected = own[name].grad
+        torch.testing.assert_close(
+            grad, torch.zeros_like(grad) if expected is None else expected, atol=1e-3, rtol=1e-4
+        )
+
+
+def test_adapters_of_different_dtypes(model):
+    names = ["ends", "last", "added"]
+    for name, parameter in model.named_parameters():
+        if ".last." in name:
+            parameter.data = parameter.data.bfloat16()
+    ids, mask = make_rows(3)
+    assert_rows_equal_each_alone(model, names, dict(input_ids=ids, attention_mask=mask))
+
+
+def test_classifier_with_a_head_for_each_adapter():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=64)
+    base = BertForSequenceClassification(BertConfig(initializer_range=0.2, num_labels=3, **shape))
+    model = add_adapters(base, {name: ADAPTERS[name] for name in ("ends", "last")}, task_type="SEQ_CLS")
+    for parameter in model.get_base_model().classifier.modules_to_save["last"].parameters():
+        torch.nn.init.normal_(parameter)
+    ids, mask = make_rows(4, padded=False)
+    names = ["last", "ends", BASE, "last"]
+    assert_rows_equal_each_alone(model, names, dict(input_ids=ids, attention_mask=mask))
+
+
+def test_encoder_decoder():
+    torch.manual_seed(0)
+    shape = dict(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, vocab_size=64)
+    base = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, initializer_factor=2.0, **shape)).eval()
+    names = ["last", BASE, "ends", "prompt"]
+    model = add_adapters(base, {name: ADAPTERS[name] for name in names if name != BASE}, task_type="SEQ_2_SEQ_LM")
+    ids, mask = make_rows(4)
+    options = dict(do_sample=False, max_new_tokens=6, num_beams=2, num_return_sequences=2)
+    found = model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **options)
+    changed = 0
+    for row, name in enumerate(names):
+        own = dict(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        expected = alone(model, name, lambda own=own: model.generate(**own))
+        assert torch.equal(found[2 * row : 2 * row + 2, : expected.shape[1]], expected)
+        changed += not torch.equal(expected, alone(model, BASE, lambda own=own: model.generate(**own)))
+    assert changed >= 2
+
+
+def test_calls_within_generate_have_adapters_of_their_own(model, ids):
+    """A call that a logits processor makes, by any road, is not one of the mixed batch's."""
+    names = ["last", BASE]
+    model.set_adapter("ends")
+    base, other, seen = model.get_base_model(), ids.flip(1), []
+    expected = {
+        "forward": model(input_ids=ids).logits,
+        "mixed": model(input_ids=ids, adapter_names=["all", "first"]).logits,
+        "generate": model.generate(input_ids=other, **GREEDY),
+        "outer": model.generate(input_ids=ids, attention_mask=MASK, adapter_names=names, **GREEDY),
+    }
+
+    class Calls(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(torch.equal(base(input_ids=ids).logits, expected["forward"]))
+            seen.append(torch.equal(model(input_ids=ids).logits, expected["forward"]))
+            mixed = model(input_ids=ids, adapter_names=["all", "first"]).logits
+            seen.append(torch.equal(mixed, expected["mixed"]))
+            seen.append(torch.equal(base.generate(input_ids=other, **GREEDY), expected["generate"]))
+            return scores
+
+    inputs = dict(input_ids=ids, attention_mask=MASK, adapter_names=names, logits_processor=[Calls()])
+    with torch.no_grad():
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected["outer"])
+    assert len(seen) == 24 and all(seen)
+    assert current_mixed_batch() is None
+
+
+def test_disabled_adapters_stay_disabled(model, ids):
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids, adapter_names=["ends", "all"]).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ends"], "names 1 adapters, but the model is given 2 rows"),
+        (["ends"] * 4, "names 4 adapters, but the model is given 2 rows"),
+        (["ends", "lost"], "not there: lost.*There are added, all, .*__base__ for none"),
+        ("ends", "adapter_names='ends' must be a list"),
+        ([], r"adapter_names=\[\] must be a list"),
+    ],
+)
+def test_wrong_names(model, ids, names, message):
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, adapter_names=names)
+    assert current_mixed_batch() is None
+
+
+def test_names_that_do_not_fit_the_prompts(model, ids):
+    with pytest.raises(ValueError, match="names 3 adapters, but the model is given 2 rows"):
+        model.generate(input_ids=ids, adapter_names=["ends"] * 3, **GREEDY)
+    assert current_mixed_batch() is None
+
+
+def test_training_is_refused(model, ids):
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(input_ids=ids, adapter_names=["ends", "all"])
+
+
+@pytest.mark.parametrize("active", ["ends", "last", "first"])
+def test_modules_that_some_adapters_save(active):
+    adapters = {
+        "ends": ADAPTERS["ends"] | dict(modules_to_save=["lm_head"]),
+        "last": ADAPTERS["last"],
+        "first": ADAPTERS["first"] | dict(trainable_token_indices=list(range(20))),
+    }
+    model = add_adapters(make_llama(), adapters)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.ends" in name or "delta.first" in name:
+            torch.nn.init.normal_(parameter)
+    ids, mask = make_rows(5)
+    names, inputs = ["last", "ends", BASE, "first", "ends"], dict(input_ids=ids, attention_mask=mask)
+    assert_rows_equal_each_alone(model, names, inputs)
+    model.set_adapter(active)
+    with torch.no_grad():
+        found = model(**inputs, adapter_names=names).logits
+        model.set_adapter("ends")
+        expected = model(input_ids=ids[1:2], attention_mask=mask[1:2]).logits
+    torch.testing.assert_close(found[1:2][:, 1:], expected[:, 1:], atol=1e-5, rtol=1e-5)
