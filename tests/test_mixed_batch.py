@@ -24,7 +24,7 @@ ADAPTERS = {
     "shared": dict(r=4, positions="f3+l1", share_weights=True, act_fn="tanh"),
     "prompt": dict(r=5, positions="prompt", intervention="consreft", layers_to_transform=[1]),
     "all": dict(r=1, positions="all", intervention="lobireft", rank_pattern={"layers.1": 6}),
-    "added": dict(r=2, positions="f2+l5", intervention="direft_orthogonal"),
+    "added": dict(r=2, positions="f2+l5", intervention="direft_orthogonal", act_fn="gelu"),
 }
 NAMES = ["last", "ends", BASE, "first", "all", "shared", "prompt", "ends", "added", "all"]
 PROMPT_ONLY = ["last", BASE, "ends", "first", "added"]
@@ -39,6 +39,8 @@ def add_adapters(base, adapters=ADAPTERS, **options):
             model = get_peft_model(base, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
+    for parameter in (p for name, p in model.named_parameters() if name.endswith(".R")):
+        parameter.data += 0.1 * torch.randn_like(parameter)  # its rows are no longer orthonormal
     return model.eval()
 
 
@@ -87,6 +89,18 @@ def test_forward(model, names, told):
     elif told == "prompt_lengths":
         inputs["prompt_lengths"] = mask.sum(1) - 2
     assert_rows_equal_each_alone(model, names, inputs)
+
+
+def test_padding_is_not_edited(model):
+    names = ["all", "prompt", "ends", "all", "shared"]
+    ids, mask = make_rows(5)
+    inputs = dict(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    with torch.no_grad():
+        found = model(**inputs, adapter_names=names).hidden_states[1]
+        with model.disable_adapter():
+            base = model(**inputs).hidden_states[1]
+    assert torch.equal(found[mask == 0], base[mask == 0])
+    assert not torch.equal(found[mask == 1], base[mask == 1])
 
 
 def test_turns_of_a_conversation(model):
@@ -299,3 +313,10 @@ def test_modules_that_some_adapters_save(active):
         model.set_adapter("ends")
         expected = model(input_ids=ids[1:2], attention_mask=mask[1:2]).logits
     torch.testing.assert_close(found[1:2][:, 1:], expected[:, 1:], atol=1e-5, rtol=1e-5)
+    options = GREEDY | dict(num_beams=2)
+    tokens = model.generate(**inputs, adapter_names=names, **options)
+    for row in (1, 3):
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        assert torch.equal(
+            tokens[row : row + 1], alone(model, names[row], lambda own=own: model.generate(**own, **options))
+        )
