@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .mixed_batch import MixedBatch
 from .positions import Spans
@@ -14,6 +15,7 @@ from .spans import whole_sequences
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 
 _local = threading.local()
+_drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
 
 
 class Family:
@@ -72,8 +74,9 @@ class Generation:
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
             first forward is given: an encoder-decoder model's decoder begins with tokens that `generate` chooses.
         seen (`int`): tokens that have been processed; at first those that the cache holds.
+        is_cached (`bool`): whether forwards are given what follows a cache, rather than all tokens so far.
+        is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
-        continues (`bool`): whether the call goes on with the prompt of the call in which it is made.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
     """
 
@@ -81,21 +84,19 @@ class Generation:
     input_ids: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     seen: int = 0
+    is_cached: bool = True
+    is_draft: bool = False
     cache: Any = None
-    continues: bool = False
     mixed_batch: MixedBatch | None = None
 
     @classmethod
-    def of(
-        cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any], outer: "Generation | None"
-    ) -> "Generation":
+    def of(cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":
         """Read the arguments of a call of `model.generate`.
 
         Args:
             model (`PreTrainedModel`): the model that generates.
             family (`Family`): stands for it.
             args, kwargs: the arguments of `generate`.
-            outer (`Generation`, *optional*): the call of `generate` in which this one is made.
 
         Raises:
             ValueError: if the call is one whose prompts cannot be followed.
@@ -108,18 +109,21 @@ class Generation:
                 f"guidance_scale={guidance}: classifier-free guidance runs the model on a second prompt in the same "
                 "call, which ReFT does not tell from the first. Generate without it, or with the adapter disabled."
             )
-        seen = cached_tokens(find_cache(kwargs))
-        generation = cls(family, seen=0 if seen is None else int(seen))
+        cache = find_cache(kwargs)
+        generation = cls(
+            family,
+            seen=int(cached_tokens(cache) or 0),
+            is_cached=_option(configs, "use_cache") is not False,
+            is_draft=bool(_option(configs, "is_assistant")),
+        )
         possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         inputs = next((given for given in possible if given is not None), None)
         if model.config.is_encoder_decoder:
             return generation
         if inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0 and not inputs.is_floating_point():
             generation.input_ids = inputs
-        if outer is not None and outer.family is family and outer.is_continued_by(generation.input_ids):
-            # The model drafts for itself: the prompt is still the same.
-            generation.input_ids, generation.valid = outer.input_ids, outer.valid
-            generation.continues = True
+        if generation.is_draft and cache in _drafts:
+            generation.valid = _drafts[cache]  # what was generated since is no prompt
         elif kwargs.get("attention_mask") is not None:
             generation.valid = kwargs["attention_mask"].bool()
         elif kwargs.get("inputs_embeds") is not None:
@@ -130,22 +134,30 @@ class Generation:
             generation.valid = generation.input_ids != (pad if is_told else -1)
         return generation
 
-    def is_continued_by(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether ids, a row or several for each prompt, begin with this call's prompts."""
-        if self.input_ids is None or input_ids is None or len(input_ids) % len(self.input_ids):
-            return False
-        prompts = self.input_ids.repeat_interleave(len(input_ids) // len(self.input_ids), dim=0)
-        return torch.equal(input_ids[:, : prompts.shape[1]], prompts.to(input_ids.device))
-
     def is_of(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments goes on with this call's sequences, not with others of its own."""
-        cache, ids = find_cache(arguments), arguments.get("input_ids")
-        if given_tokens(arguments) is None or (self.cache is not None and cache is not self.cache):
+        if given_tokens(arguments) is None or "prompt_lengths" in arguments or "labels" in arguments:
             return False
-        if cache is None and self.seen and ids is not None and self.input_ids is not None:
-            return self.is_continued_by(ids)  # without a cache, every forward is given all tokens
+        cache = find_cache(arguments)
+        if self.cache is not None:
+            return cache is self.cache
+        if cache is None:
+            return self._is_begun_by(arguments.get("input_ids"))
         self.cache = cache
+        if self.is_draft:
+            _drafts[cache] = self.valid
         return True
+
+    def _is_begun_by(self, input_ids: torch.Tensor | None) -> bool:
+        """Whether ids that are given without a cache are those of this call, as far as they tell."""
+        own = self.input_ids
+        if own is None or input_ids is None:
+            return True
+        if self.is_cached and input_ids.shape[1] < own.shape[1]:
+            return True  # of a model that keeps its state elsewhere
+        copies, rest = divmod(len(input_ids), len(own))
+        prompt = input_ids[:, : own.shape[1]]
+        return rest == 0 and torch.equal(prompt, own.to(prompt.device).repeat_interleave(copies, dim=0))
 
     def window(self, tokens: int) -> tuple[int, int] | None:
         """Where in the sequence the tokens of the next forward lie: first column and last + 1.

@@ -104,8 +104,8 @@ class Generate:
         mixed_batch = given = current_mixed_batch()
         if kwargs.get("adapter_names") is not None:
             mixed_batch = mix(model, self.family, kwargs.pop("adapter_names"))
-        generation = Generation.of(model, self.family, args, kwargs, outer)
-        if outer is not None and not generation.continues and mixed_batch is outer.mixed_batch:
+        generation = Generation.of(model, self.family, args, kwargs)
+        if outer is not None and not generation.is_draft and mixed_batch is outer.mixed_batch:
             mixed_batch = None
         generation.mixed_batch = mixed_batch
         set_generation(generation)

@@ -70,8 +70,15 @@ class ByHand:
 
     @contextmanager
     def edits(self, columns: dict[str, list[list[int]]]) -> Iterator[None]:
-        """Edit, in each unit, the listed columns of each row."""
-        handles = []
+        """Edit, in each unit, the listed columns of each row, counted from the first token that the cache holds."""
+        past = 0
+
+        def look(module, args, kwargs):
+            nonlocal past
+            cache = kwargs.get(CACHE)
+            past = 0 if cache is None else int(cache.get_seq_length())
+
+        handles = [self.base.register_forward_pre_hook(look, with_kwargs=True)]
         for block, units in self.tensors.items():
 
             def hook(module, args, output, units=units):
@@ -79,8 +86,8 @@ class ByHand:
                 assert units.keys() == columns.keys(), "the test lists columns for other units"
                 for unit, rows in columns.items():
                     for row, listed in enumerate(rows):
-                        for column in listed:
-                            if column < hidden_states.shape[1]:
+                        for column in (column - past for column in listed):
+                            if 0 <= column < hidden_states.shape[1]:
                                 hidden_states[row, column] = edit_by_hand(units[unit], hidden_states[row, column])
                 return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 

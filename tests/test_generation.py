@@ -1,5 +1,7 @@
 """generate, in its forms, against greedy decoding without a cache by hand, edited at columns that are listed here."""
 
+import copy
+
 import pytest
 import torch
 from by_hand import CACHE, GREEDY, MASK, TWO, assert_edits, generated, labels_of, make_gpt2, make_llama
@@ -188,6 +190,113 @@ def test_generate_within_generate(adapt, ids):
     assert torch.equal(generated(model, ids, None, logits_processor=[Asks()]), expected)
     expected = by_hand.generate({"unit": [[12, 13]] * 2}, other)
     assert len(inner) == 6 and all(torch.equal(tokens, expected) for tokens in inner)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_calls_within_generate(adapt, ids, use_cache):
+    """As of a reward model that shares the base: what a logits processor asks has prompts of its own."""
+    model, by_hand = adapt(positions="l2")
+    other, end = ids.flip(1)[:, :9], lambda length: {"unit": [[length - 2, length - 1]] * 2}
+    found = {"other": [], "other, told": [], "same, told": [], "same, generated": []}
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            lengths = torch.tensor([5, 5])
+            found["other"].append(model(input_ids=other).logits)
+            found["other, told"].append(model(input_ids=other, prompt_lengths=lengths).logits)
+            found["same, told"].append(model(input_ids=input_ids, prompt_lengths=lengths).logits[:, :12])
+            found["same, generated"].append(model.generate(input_ids, do_sample=False, max_new_tokens=2))
+            return scores
+
+    expected = by_hand.generate(end(12), ids)
+    assert torch.equal(generated(model, ids, None, logits_processor=[Asks()], use_cache=use_cache), expected)
+    logits = {
+        "other": by_hand.logits(end(9), input_ids=other),
+        "other, told": by_hand.logits(end(5), input_ids=other),
+        "same, told": by_hand.logits(end(5), input_ids=ids),
+    }
+    for name, tensor in logits.items():
+        for logits_found in found[name]:
+            torch.testing.assert_close(logits_found, tensor, atol=1e-5, rtol=1e-5)
+    for step, tokens in enumerate(found["same, generated"]):
+        so_far = expected[:, : 12 + step]
+        assert torch.equal(tokens, by_hand.generate(end(12 + step), so_far, new_tokens=2))
+
+
+def test_plain_forward_within_generate(adapt, ids):
+    """On the sequences so far, without a cache: all of them are its prompt, as outside of generate."""
+    model, by_hand = adapt(positions="l2")
+    found = []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            found.append((input_ids, model(input_ids=input_ids).logits))
+            return scores
+
+    generated(model, ids, None, logits_processor=[Asks()])
+    for input_ids, logits in found:
+        end = input_ids.shape[1]
+        expected = by_hand.logits({"unit": [[end - 2, end - 1]] * 2}, input_ids=input_ids)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+DRAFT = dict(num_assistant_tokens=3, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
+
+
+def count_calls(module):
+    calls = []
+    module.register_forward_pre_hook(lambda module, args: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("target", ["adapted", "by hand"])
+def test_draft_model_keeps_the_prompt(adapt, ids, target):
+    """A draft that is as good as its target has every token accepted: four a call, so it edits the same tokens.
+
+    It is called anew for every draft, with all tokens so far, and is told nothing of the prompt.
+    """
+    model, by_hand = adapt(positions="f2+l2")
+    draft = copy.deepcopy(model).get_base_model()
+    draft.generation_config.update(**DRAFT)
+    columns = {"prefix": [[0, 1]], "suffix": [[10, 11]]}
+    expected = by_hand.generate(columns, ids[:1], new_tokens=12)
+    options = dict(assistant_model=draft, max_new_tokens=12)
+    if target == "adapted":
+        calls = count_calls(model.get_base_model())
+        tokens = generated(model, ids[:1], None, **options)
+    else:
+        calls = count_calls(by_hand.base)
+        with by_hand.edits(columns):
+            tokens = generated(by_hand.base, ids[:1], None, **options)
+    assert torch.equal(tokens, expected)
+    assert len(calls) == 3
+    # and a call that is not for a draft begins anew
+    assert torch.equal(generated(draft, ids[:1], None, max_new_tokens=12), expected)
+
+
+@pytest.mark.parametrize("exit_after", [1, 2])
+def test_model_that_drafts_for_itself(adapt, ids, exit_after, monkeypatch):
+    """Its first layers draft, edited as they are in the target: tokens are those without drafts."""
+    model, by_hand = adapt(positions="f2+l2")
+    columns = {"prefix": [[0, 1]], "suffix": [[10, 11]]}
+    drafted = []
+    generate = type(model.get_base_model()).generate
+
+    def look(self, *args, **kwargs):
+        tokens = generate(self, *args, **kwargs)
+        if self.config.num_hidden_layers == exit_after:
+            drafted.append((kwargs["input_ids"], tokens.sequences))
+        return tokens
+
+    monkeypatch.setattr(type(model.get_base_model()), "generate", look)
+    tokens = generated(model, ids[:1], None, assistant_early_exit=exit_after, max_new_tokens=9)
+    monkeypatch.undo()
+    assert torch.equal(tokens, by_hand.generate(columns, ids[:1], new_tokens=9))
+    by_hand.base.config.num_hidden_layers = exit_after
+    assert len(drafted) > 1
+    for given, sequences in drafted:
+        expected = by_hand.generate(columns, given, new_tokens=sequences.shape[1] - given.shape[1])
+        assert torch.equal(sequences, expected)
 
 
 def test_answer_after_a_cached_prompt(adapt, ids):
