@@ -367,6 +367,34 @@ def test_state_space_model(adapt, ids):
     assert torch.equal(tokens, expected)
 
 
+STATEFUL = {
+    "rwkv": dict(attention_hidden_size=32, intermediate_size=64),
+    "recurrent_gemma": dict(lru_width=32, intermediate_size=96, num_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("family", STATEFUL)
+def test_state_that_is_kept_elsewhere(adapt, ids, family):
+    """Under another name than a cache's, or within the model: generate gives one token a step all the same."""
+    shape = dict(hidden_size=32, num_hidden_layers=3, vocab_size=64, initializer_range=0.2)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    config = AutoConfig.for_model(family, **shape | special | STATEFUL[family])
+
+    def make():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    model, by_hand = adapt(make, positions="l2")
+    expected = ids[:1]
+    for _ in range(6):
+        logits = by_hand.logits({"unit": [[10, 11]]}, input_ids=expected)
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+    for use_cache in (True, False):
+        assert torch.equal(generated(model, ids[:1], None, use_cache=use_cache), expected)
+    with model.disable_adapter():
+        assert not torch.equal(generated(model, ids[:1], None), expected)
+
+
 def test_cache_of_an_unknown_kind():
     with pytest.raises(ValueError, match="cache of type object.*continuous batching"):
         cached_tokens(object())
