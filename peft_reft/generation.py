@@ -49,7 +49,8 @@ def cached_tokens(cache: Any) -> int | torch.Tensor | None:
     if not hasattr(cache, "get_seq_length"):
         raise ValueError(
             f"A cache of type {type(cache).__name__} does not tell how many tokens it holds, so ReFT cannot tell "
-            "where the prompt is (continuous batching is not supported yet): use one of transformers' caches, or none."
+            "where the prompt is. Use one of transformers' caches, or none; begin continuous batching after the "
+            "adapter was added."
         )
     try:
         return cache.get_seq_length()

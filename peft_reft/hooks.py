@@ -5,7 +5,7 @@ They find what they need through the module that they are given, so that a copy 
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from . import plan as plans
-from .generation import Family, Generation, current_generation, set_generation
+from .continuous_batching import Requests
+from .generation import Family, Generation, current_generation, find_cache, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch, hook_wrappers, set_mixed_batch
 
@@ -58,19 +59,35 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         if outer.contains(role, arguments):
             return None
         outer = outer.outer  # left behind by an interrupt
-    generation, mixed_batch = current_generation(), current_mixed_batch()
-    if generation is not None:
-        is_its = generation.family is role.family and role.kind != "whole" and generation.is_of(arguments)
-        if not is_its and role.kind != "whole" and mixed_batch is generation.mixed_batch:
-            mixed_batch = None  # its rows are not those of this call
-        generation = generation if is_its else None
-    if kwargs.get("adapter_names") is not None:  # a PeftModel around the model would have kept them
-        mixed_batch = mix(module, role.family, kwargs.pop("adapter_names"))
-    if mixed_batch is not None and mixed_batch.family is not role.family:
-        mixed_batch = None
+    generation = generation_of(role, arguments)
+    mixed_batch = mixed_batch_of(module, generation, kwargs)
     plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer, mixed_batch))
     kwargs.pop("prompt_lengths", None)
     return args, kwargs
+
+
+def generation_of(role: plans.Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
+    """What knows the prompts of a call that generates."""
+    generation = current_generation()
+    if generation is not None and role.kind != "whole" and generation.family is role.family:
+        if generation.is_of(arguments):
+            return generation
+    return Requests.of(find_cache(arguments))
+
+
+def mixed_batch_of(
+    module: nn.Module, generation: Generation | Requests | None, kwargs: dict[str, Any]
+) -> MixedBatch | None:
+    """The adapters of the rows of a call, where they differ; the model itself takes no `adapter_names`."""
+    role: plans.Role = module._reft_role  # type: ignore[assignment]
+    if kwargs.get("adapter_names") is not None:  # a PeftModel around the model would have kept them
+        return mix(module, role.family, kwargs.pop("adapter_names"))
+    mixed_batch, running = current_mixed_batch(), current_generation()
+    if mixed_batch is None or mixed_batch.family is not role.family:
+        return None
+    is_running = running is not None and mixed_batch is running.mixed_batch
+    is_aside = is_running and generation is not running and role.kind != "whole"  # a call of its own within generate
+    return None if is_aside else mixed_batch
 
 
 def end_call(module: nn.Module, args: tuple, output: Any) -> None:

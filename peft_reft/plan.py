@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .continuous_batching import Requests
 from .generation import CACHES, Family, Generation, cached_tokens, find_cache, given_tokens
 from .mixed_batch import MixedBatch
 from .positions import Positions, PositionsOfRows, Rows, Spans, to_rows
@@ -97,7 +98,8 @@ class Plan:
         owner (`nn.Module`, *optional*): that module.
         training (`bool`): whether it is in training mode.
         arguments (`dict`): those of its arguments that are in `TELLING`.
-        generation (`Generation`, *optional*): the call of `generate` that it is part of.
+        generation (`Generation` or `Requests`, *optional*): the call of `generate` that it is part of, or the requests
+            that it serves.
         outer (`Plan`, *optional*): the plan that was current when the call began.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its rows, where they differ.
     """
@@ -106,7 +108,7 @@ class Plan:
     owner: nn.Module | None
     training: bool
     arguments: Mapping[str, Any]
-    generation: Generation | None = None
+    generation: Generation | Requests | None = None
     outer: "Plan | None" = None
     mixed_batch: MixedBatch | None = None
     _window: tuple[int, int] | None = None

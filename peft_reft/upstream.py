@@ -1,4 +1,4 @@
-"""Three methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
+"""Four methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
 
 Each would serve the user well but for one thing, which ReFT has no other place to do.
 """
@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
+from transformers import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
+from . import continuous_batching
 from .card import describe_use
+from .layer import adapted_modules
 from .model import misfit
 from .registration import REFT
 
@@ -20,6 +23,7 @@ def complete_upstream() -> None:
     complete(PeftModel, "_upload_modified_files", upload_with_card)
     complete(PeftModel, "load_adapter", load_or_take_back)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
+    complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
 
 
 def complete(cls: type, name: str, completed: Callable[..., Any]) -> None:
@@ -72,3 +76,12 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
         model.delete_adapter(added)
         raise misfit(added[0], problems)
     return info
+
+
+def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """All of transformers' continuous batching begins here (`generate_batch`, too), and runs in another thread."""
+    return (
+        continuous_batching.begin(method, model, *args, **kwargs)
+        if adapted_modules(model)
+        else method(model, *args, **kwargs)
+    )

@@ -57,10 +57,11 @@ def edit_by_hand(tensors: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Ten
 class ByHand:
     """The base model with LoReFT by hand, sharing the adapter's tensors and nothing of the package's code."""
 
-    def __init__(self, base: nn.Module, model: PeftModel, adapter: str = "default"):
+    def __init__(self, base: nn.Module, model: nn.Module, adapter: str = "default"):
         self.base = base
         self.tensors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}  # block -> unit -> tensors
-        for name, tensor in model.get_base_model().state_dict().items():
+        adapted = model.get_base_model() if isinstance(model, PeftModel) else model
+        for name, tensor in adapted.state_dict().items():
             if ".reft." in name:
                 block, _, rest = name.partition(".reft.")
                 unit, name_of_adapter, tensor_name = rest.split(".")
