@@ -4,12 +4,13 @@ Importing the package makes the method known to PEFT, so that `get_peft_model`, 
 transformers' `load_adapter` take it as they take their own.
 """
 
+from .collator import DataCollatorWithPromptLengths
 from .config import ReftConfig
 from .model import ReftModel
 from .registration import register
 from .upstream import complete_upstream
 
-__all__ = ["ReftConfig", "ReftModel"]
+__all__ = ["DataCollatorWithPromptLengths", "ReftConfig", "ReftModel"]
 __version__ = "0.1.0"
 
 register(ReftConfig, ReftModel)

@@ -222,8 +222,10 @@ class Plan:
             return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."
         return message + (
             "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] "
-            "with the number of tokens in each prompt, padding not counted: a data collator can add it to the batch. "
-            "Without training (model.eval()) the whole input is taken for the prompt."
+            "with the number of tokens in each prompt, padding not counted. With a trainer that keeps the labels for a "
+            "loss of its own (compute_loss_func, label smoothing), have the data collator add them: "
+            "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator). Without training "
+            "(model.eval()) the whole input is taken for the prompt."
         )
 
 

@@ -1,0 +1,81 @@
+"""A data collator that tells where prompts end, for losses that are computed outside of the model."""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .spans import IGNORED_LABEL, ranks, sequence_ids, valid_before
+
+
+@dataclass
+class DataCollatorWithPromptLengths:
+    """Adds `prompt_lengths` to the batches of another data collator.
+
+    The model reads off the labels where prompts end. A trainer that keeps the labels for a loss or a metric of its own
+    (`compute_loss_func`, label smoothing, `compute_metrics`) calls the model without them; the lengths stay in the
+    batch:
+
+    ```py
+    >>> trainer = SFTTrainer(..., args=SFTConfig(label_smoothing_factor=0.1), peft_config=ReftConfig(...))
+    >>> trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
+    >>> trainer.train()
+    ```
+
+    Args:
+        collator (`Callable`): the data collator, whose batches have `labels` (-100 on the prompt), or a
+            `completion_mask` (0 on the prompt) as those of TRL's preference trainers.
+    """
+
+    collator: Callable[..., MutableMapping[str, Any]]
+
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> MutableMapping[str, Any]:
+        """The batch of the wrapped collator, with `prompt_lengths` (`torch.LongTensor` [batch])."""
+        batch = self.collator(features, *args, **kwargs)
+        batch["prompt_lengths"] = find_prompt_lengths(batch)
+        return batch
+
+
+def find_prompt_lengths(batch: MutableMapping[str, Any]) -> torch.Tensor:
+    """The number of tokens before the answer in each row of a batch, padding not counted; of all where none is.
+
+    Returns:
+        `torch.LongTensor` [batch].
+
+    Raises:
+        ValueError: if one length a row cannot say where the prompts are.
+    """
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if labels is None and batch.get("completion_mask") is not None:
+        labels = batch["completion_mask"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
+    if ids is None or labels is None or labels.shape != ids.shape:
+        shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        raise ValueError(
+            f"The data collator gave {shapes}, from which prompt_lengths cannot be told: it must give input_ids and, "
+            "of the same shape, labels with -100 on the prompt or a completion_mask with 0 on it."
+        )
+    mask = batch.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    sequences = sequence_ids(batch, valid)
+    if sequences is not None and (sequences != sequences[:, :1])[valid].any():
+        raise ValueError(
+            "The data collator gave rows that hold several sequences, for which one prompt length a row cannot do. "
+            "Train without packing and padding_free, or override compute_loss so that the model is called with the "
+            "labels."
+        )
+    rank, before = ranks(valid, None), valid_before(valid)
+    answer = (labels != IGNORED_LABEL) & valid
+    starts = answer & ~(answer.gather(1, before.clamp(min=0)) & (before >= 0))
+    if (starts & (rank == 0)).any():
+        raise ValueError(
+            "The data collator gave a row with labels from its first token on, so that it has no prompt. Give labels "
+            "of -100 to the prompt (TRL: prompt-completion data with completion_only_loss)."
+        )
+    if (starts.sum(1) > 1).any():
+        raise ValueError(
+            "The data collator gave a row with several answers, as of a conversation with assistant_only_loss, for "
+            "which one prompt length a row cannot do. Make each turn a sample of its own, with what precedes it as "
+            "the prompt, or override compute_loss so that the model is called with the labels."
+        )
+    return rank.masked_fill(~starts, ids.shape[1]).amin(1).minimum(valid.sum(1))
