@@ -207,12 +207,14 @@ def before_labels(
     answered = per_sequence(answer.long(), sequences, "amax").bool()
     ended = per_sequence(ends.long(), sequences, "amax").bool()
     if positions.need_end:
+        begins = answer & (rank == 0)  # with an answer: a row cut out of a longer text, or text without a prompt
         check(
-            (ended | ~answered | ~valid).all(),
+            ~begins.any() if positions.prefix else (ended | ~answered | ~valid).all(),
             f"positions='{positions.text}' need a prompt to end before the answer, but a sequence has labels from its "
             "first token on. Give labels of -100 to the prompt (TRL: prompt-completion data with "
-            "completion_only_loss, or conversations with assistant_only_loss), or choose positions that need no end: "
-            "'f<n>' or 'all'.",
+            "completion_only_loss, or conversations with assistant_only_loss), cut no sequence before or in its "
+            "answer (TRL: packing_strategy='bfd', truncation_mode='keep_start'), or choose positions that need no "
+            "end: 'f<n>' or 'all'.",
         )
     prefix_length = per_sequence(rank.masked_fill(~ends, columns), sequences, "amin").where(ended, length)
 

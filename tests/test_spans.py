@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import IGNORED, TWO, assert_edits, labels_of, make_gpt2, make_llama
+from by_hand import IGNORED, MASK, TWO, assert_edits, labels_of, make_gpt2, make_llama
 
 STRAIGHT = {
     "f2+l2": {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [6, 7]]},
@@ -277,6 +277,18 @@ def test_packed_labels_everywhere(adapt, ids):
     with pytest.raises(ValueError, match="labels from its first token on"):
         adapt(positions="l1")[0](**inputs)
     assert_edits(adapt(positions="f2"), {"unit": [[0, 1, 5, 6], [0, 1, 6, 7, 10, 11]]}, **inputs)
+
+
+def test_sequence_that_begins_inside_an_answer(adapt, ids):
+    """Cut out of a longer text: the ends of its later prompts are there, the beginning of none is."""
+    inputs = dict(input_ids=ids, attention_mask=MASK)
+    labels = labels_of(ids, [(0, 3), (7, 9)], [(4, 6), (10, 12)])
+    assert_edits(adapt(positions="l2"), {"unit": [[5, 6], [8, 9]]}, labels=labels, **inputs)
+    assert_edits(adapt(positions="prompt"), {"unit": [[3, 4, 5, 6], [6, 7, 8, 9]]}, labels=labels, **inputs)
+    assert_edits(adapt(positions="f2"), {"unit": [[0, 1], [4, 5]]}, labels=labels, **inputs)
+    for row in (slice(0, 1), slice(1, 2)):
+        with pytest.raises(ValueError, match="first token on.*packing_strategy='bfd', truncation_mode='keep_start'"):
+            adapt(positions="f2+l2")[0](input_ids=ids[row], attention_mask=MASK[row], labels=labels[row])
 
 
 def test_single_sequence_in_packed_form(adapt, ids):
