@@ -5,6 +5,7 @@ module finds it (torch.compile traces `threading.local`, but not a `ContextVar`)
 """
 
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,8 @@ TELLING = (
     "prompt_lengths",
     *CACHES,
 )
+
+USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
 
 _local = threading.local()
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan without arguments, or None where calls share the tensor
@@ -210,9 +213,13 @@ class Plan:
             # what the cache holds is no answer
             labels = torch.nn.functional.pad(labels, (past, 0), value=IGNORED_LABEL)
             spans = before_labels(valid, sequences, labels, positions, packed)
+            _remember_labelled(arguments.get("input_ids"), self.training)
         else:
-            if self.training and positions.need_end and self.role.kind != "whole":
-                raise ValueError(self._no_end(positions))
+            if positions.need_end and self.role.kind != "whole":
+                if self.training:
+                    raise ValueError(self._no_end(positions))
+                if is_causal and _were_labelled(arguments.get("input_ids")):
+                    raise ValueError(self._labels_withheld(positions))
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
 
@@ -222,11 +229,31 @@ class Plan:
             return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."
         return message + (
             "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] "
-            "with the number of tokens in each prompt, padding not counted. With a trainer that keeps the labels for a "
-            "loss of its own (compute_loss_func, label smoothing), have the data collator add them: "
-            "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator). Without training "
-            "(model.eval()) the whole input is taken for the prompt."
+            "with the number of tokens in each prompt, padding not counted. With a trainer that keeps the labels for "
+            "a loss of its own (compute_loss_func, label smoothing), have the data collator add the lengths: "
+            f"{USE_COLLATOR}. Without training (model.eval()) the whole input is taken for the prompt."
         )
+
+    def _labels_withheld(self, positions: Positions) -> str:
+        return (
+            "The model was given the same input_ids twice, with labels and then without, but "
+            f"positions='{positions.text}' need to know where each prompt ends: without labels the answers would be "
+            "taken for a part of it. Read the logits off the call with labels, or pass `prompt_lengths` to both. With "
+            "a trainer that does so for compute_metrics, have the data collator add the lengths: "
+            f"{USE_COLLATOR}."
+        )
+
+
+def _remember_labelled(input_ids: torch.Tensor | None, training: bool) -> None:
+    """Keep in mind, outside of training, which ids came with labels in this thread's last such call."""
+    if not training and not torch.compiler.is_compiling():
+        _local.labelled = None if input_ids is None else weakref.ref(input_ids)
+
+
+def _were_labelled(input_ids: torch.Tensor | None) -> bool:
+    """Whether these very ids came with labels in this thread's last call that had any."""
+    labelled = None if torch.compiler.is_compiling() else getattr(_local, "labelled", None)
+    return labelled is not None and input_ids is not None and labelled() is input_ids
 
 
 def _after(spans: Spans, past: int) -> Spans:

@@ -17,9 +17,9 @@ ROWS = {
     "right": (RIGHT, ([(5, 12)], [(4, 8)]), [5, 4], {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [2, 3]]}),
     "holes": (HOLES, ([(6, 12)], [(8, 10)]), [4, 5], {"prefix": [[0, 2], [2, 3]], "suffix": [[3, 5], [5, 7]]}),
     "labels over a hole": (HOLES, ([(3, 6)], [(5, 9)]), [2, 3], {"prefix": [[0], [2]], "suffix": [[2], [4]]}),
-    "nothing after the answer": (MASK, ([(5, 7)], [(8, 9)]), [5, 4], {"prefix": [[0, 1], [4, 5]], "suffix": [[3, 4], [6, 7]]}),
+    "text after": (MASK, ([(5, 7)], [(8, 9)]), [5, 4], {"prefix": [[0, 1], [4, 5]], "suffix": [[3, 4], [6, 7]]}),
     "no answer": (MASK, ([(5, 12)], []), [5, 8], {"prefix": [[0, 1], [4, 5]], "suffix": [[3, 4], [10, 11]]}),
-}  # fmt: skip
+}
 
 
 def collate(**batch):
