@@ -4,65 +4,20 @@ import json
 
 import pytest
 import torch
-from by_hand import ByHand
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from trainers import (
+    by_hand_of,
+    first_batch,
+    logits_alone,
+    losses,
+    make_trainer,
+    mean_loss,
+    prompt_ends,
+    reft,
+    split,
+    trained_tensors,
+)
 from transformers import LlamaForCausalLM, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
-
-from peft_reft import ReftConfig
-
-
-def reft(**options):
-    return ReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2"} | options)
-
-
-def make_trainer(model, folder, data, tokenizer, eval_data=None, peft_config=None, **options):
-    defaults = dict(
-        output_dir=str(folder),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=2e-2,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    model_options = {"model_init_kwargs": {"dtype": "float32"}} if isinstance(model, str) else {}
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(**defaults | model_options | options),
-        train_dataset=data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def trained_tensors(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def prompt_ends(labels):
-    """Where each run of labels that are not -100 begins, row by row, found with a loop."""
-    return [[t for t in range(1, len(row)) if row[t] != -100 and row[t - 1] == -100] for row in labels.tolist()]
-
-
-def loss_by_hand(by_hand, batch):
-    """The mean loss of the base model, edited by hand before each supervised run of each row (f2+l2)."""
-    first = (batch["attention_mask"].argmax(1)).tolist()
-    columns = {"prefix": [], "suffix": []}
-    for start, ends in zip(first, prompt_ends(batch["labels"]), strict=True):
-        columns["prefix"].append([start, start + 1])
-        columns["suffix"].append([column for end in ends for column in (end - 2, end - 1)])
-    logits = by_hand.logits(columns, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()), columns
 
 
 @pytest.mark.parametrize("kind", ["pairs", "chats"])
@@ -72,10 +27,10 @@ def test_trainer_edits_the_prompt_alone(request, tmp_path, base, tokenizer, kind
     options = dict(assistant_only_loss=True) if kind == "chats" else {}
     config = reft(init_weights=False)
     trainer = make_trainer(base, tmp_path, data, tokenizer, peft_config=config, **options)
-    batch = next(iter(trainer.get_train_dataloader()))
-    by_hand = ByHand(LlamaForCausalLM.from_pretrained(base).eval(), trainer.model)
-    expected, columns = loss_by_hand(by_hand, batch)
-    assert min(map(len, columns["suffix"])) == (4 if kind == "chats" else 2)
+    batch = first_batch(trainer)
+    sequences = split(batch)
+    assert {len(prompt_ends(labels)) for _, labels in sequences} == {2 if kind == "chats" else 1}
+    expected = mean_loss(logits_alone(by_hand_of(trainer, base), sequences), sequences)
     found = trainer.compute_loss(trainer.model.train(), dict(batch))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     with trainer.model.disable_adapter(), torch.no_grad():
@@ -200,24 +155,6 @@ def test_data_without_prompts(tmp_path, base, tokenizer, pairs):
         trainer = make_trainer(base, tmp_path, texts, tokenizer, peft_config=reft(positions=positions))
         trainer.train()
         assert losses(trainer)[-1] < losses(trainer)[0]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [dict(packing=True, max_length=40), dict(padding_free=True, max_length=None)],
-    ids=lambda o: next(iter(o)),
-)
-def test_padding_free_loss_equals_the_padded_one(tmp_path, base, tokenizer, pairs, options):
-    """The same sequences, packed into rows: the same loss on the first batch of all data."""
-    found = []
-    for extra in ({}, options):
-        set_seed(0)
-        config = reft(init_weights=False)
-        trainer = make_trainer(base, tmp_path, pairs, tokenizer, None, config, per_device_train_batch_size=16, **extra)
-        batch = next(iter(trainer.get_train_dataloader()))
-        with torch.no_grad():
-            found.append(trainer.compute_loss(trainer.model.train(), batch).item())
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_loss_without_labels_says_what_to_do(tmp_path, base, tokenizer, pairs):
