@@ -93,8 +93,8 @@ def test_rows_that_begin_inside_an_answer_are_refused(request, tmp_path, base, t
 def test_wrapped_rows_with_positions_that_they_hold(tmp_path, base, tokenizer, pairs):
     """A row is one text, as in the model's attention: last tokens precede each answer, first tokens are the row's."""
     columns = {
-        "l2": lambda ends: [column for end in ends for column in (end - 2, end - 1)],
-        "f2": lambda ends: [0, 1],
+        "l2": lambda ends: [column for end in ends for column in range(max(0, end - 2), end)],
+        "f2": lambda ends: list(range(min(2, ends[0]))),
         "all": lambda ends: list(range(99)),
     }
     for positions, of in columns.items():
