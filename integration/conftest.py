@@ -10,8 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 # Marks what the assistant says, as TRL's assistant_only_loss needs it
 CHAT_TEMPLATE = (
+    "{% if tools %}<tools> {% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}<eos> {% endif %}"
     "{% for message in messages %}<{{ message['role'] }}> "
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }} <eos>{% endgeneration %} "
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% for call in message['tool_calls'] or [] %}<call> {{ call['function']['name'] }} "
+    "{{ call['function']['arguments']['word'] }} {% endfor %}"
+    "{% if message['content'] %}{{ message['content'] }} {% endif %}<eos>{% endgeneration %} "
     "{% else %}{{ message['content'] }} <eos> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
@@ -36,7 +40,7 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<system>", *WORDS]
+    words = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<system>", *WORDS, "<tools>", "<tool>", "<call>"]
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}

@@ -155,10 +155,3 @@ def test_data_without_prompts(tmp_path, base, tokenizer, pairs):
         trainer = make_trainer(base, tmp_path, texts, tokenizer, peft_config=reft(positions=positions))
         trainer.train()
         assert losses(trainer)[-1] < losses(trainer)[0]
-
-
-def test_loss_without_labels_says_what_to_do(tmp_path, base, tokenizer, pairs):
-    """TRL calls the forward without labels when the loss is computed outside of it: no guess, and a way out."""
-    trainer = make_trainer(base, tmp_path, pairs, tokenizer, None, reft(), label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="prompt_lengths.*data collator"):
-        trainer.train()
