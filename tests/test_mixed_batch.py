@@ -1,5 +1,6 @@
 """An adapter for each row of a batch, against each row alone with its adapter active."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -258,6 +259,33 @@ def test_calls_within_generate_have_adapters_of_their_own(model, ids):
         assert torch.equal(model.generate(**inputs, **GREEDY), expected["outer"])
     assert len(seen) == 24 and all(seen)
     assert current_mixed_batch() is None
+
+
+def test_another_model_within_generate_keeps_its_own_adapter(model, ids):
+    other = make_llama()
+    torch.manual_seed(2)
+    other.add_adapter(ReftConfig(task_type="CAUSAL_LM", init_weights=False, positions="f2"), "ends")
+    seen = []
+    with torch.no_grad():
+        expected = other.eval()(input_ids=ids).logits
+
+    class Calls(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(torch.equal(other(input_ids=ids).logits, expected))
+            return scores
+
+    model.generate(input_ids=ids, adapter_names=["last", BASE], logits_processor=[Calls()], **GREEDY)
+    assert len(seen) == 6 and all(seen)
+
+
+def test_threads_have_mixed_batches_of_their_own(model, ids):
+    batches = [["ends", "last"], ["all", BASE], [BASE, "first"], None]
+    generate = lambda names: model.generate(input_ids=ids, adapter_names=names, **GREEDY)  # noqa: E731
+    expected = [generate(names) for names in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(generate, batches * 4))
+    assert all(torch.equal(tokens, expected[index % 4]) for index, tokens in enumerate(found))
+    assert not torch.equal(expected[0], expected[1])
 
 
 def test_disabled_adapters_stay_disabled(model, ids):
