@@ -9,7 +9,7 @@ from torch import nn
 from .config import VARIANTS, ReftConfig
 from .intervention import Intervention
 from .plan import Plan
-from .positions import Positions, PositionsOfRows
+from .positions import AnyPositions, Positions
 
 Unit = Callable[[torch.Tensor], torch.Tensor]  # edits hidden states [batch, n, d]
 
@@ -73,7 +73,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         names = self.active_adapters if mixed is None else mixed.names
         return not self.disable_adapters and any(name in self.positions for name in names)
 
-    def edits(self, plan: Plan) -> Iterator[tuple[Positions | PositionsOfRows, Mapping[str, Unit]]]:
+    def edits(self, plan: Plan) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
         """The choices of positions that are edited in a call, one after the other, each with its units by name."""
         names = [name for name in self.active_adapters if name in self.positions]
         if plan.mixed_batch is None:

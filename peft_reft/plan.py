@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .continuous_batching import Requests
 from .generation import CACHES, Family, Generation, cached_tokens, find_cache, given_tokens
 from .mixed_batch import MixedBatch
-from .positions import Positions, PositionsOfRows, Rows, Spans, to_rows
+from .positions import AnyPositions, Rows, Spans, to_rows
 from .spans import IGNORED_LABEL, before_labels, given_lengths, sequence_ids, valid_tokens, whole_sequences
 
 # The arguments of a model's forward that tell where prompts are.
@@ -142,7 +142,7 @@ class Plan:
 
     def rows(
         self,
-        positions: Positions | PositionsOfRows,
+        positions: AnyPositions,
         units: tuple[str, ...],
         batch: int,
         tokens: int,
@@ -179,9 +179,7 @@ class Plan:
                 self._rows[key] = {unit: to_rows(mask, most[unit]) for unit, mask in masks.items()}
         return self._rows[key]
 
-    def _find_spans(
-        self, positions: Positions | PositionsOfRows, batch: int, tokens: int, device: torch.device
-    ) -> Spans | None:
+    def _find_spans(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans | None:
         """The prompts of the call; None where its tokens are in no prompt."""
         arguments = self.arguments
         given = given_tokens(arguments)
@@ -223,7 +221,7 @@ class Plan:
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
 
-    def _no_end(self, positions: Positions | PositionsOfRows) -> str:
+    def _no_end(self, positions: AnyPositions) -> str:
         message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
         if self.role.kind == "decoder":
             return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."
@@ -234,7 +232,7 @@ class Plan:
             f"{USE_COLLATOR}. Without training (model.eval()) the whole input is taken for the prompt."
         )
 
-    def _labels_withheld(self, positions: Positions) -> str:
+    def _labels_withheld(self, positions: AnyPositions) -> str:
         return (
             "The model was given the same input_ids twice, with labels and then without, but "
             f"positions='{positions.text}' need to know where each prompt ends: without labels the answers would be "

@@ -130,6 +130,10 @@ class PositionsOfRows:
         return ", ".join(dict.fromkeys(choice.text for choice in self.choices if choice))
 
     @property
+    def prefix(self) -> int:
+        return max((choice.prefix for choice in self.choices if choice), default=0)
+
+    @property
     def need_end(self) -> bool:
         return any(choice.need_end for choice in self.choices if choice)
 
@@ -158,6 +162,9 @@ class PositionsOfRows:
     def _by_row(self, values: list, batch: int, device: torch.device) -> torch.Tensor:
         """A value of each choice, as a tensor [batch, 1, ...]."""
         return torch.tensor(values, device=device).repeat_interleave(batch // len(values), dim=0).unsqueeze(1)
+
+
+AnyPositions = Positions | PositionsOfRows
 
 
 def mark(

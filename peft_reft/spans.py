@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .positions import Positions, PositionsOfRows, Spans
+from .positions import AnyPositions, Spans
 
 IGNORED_LABEL = -100
 
@@ -175,7 +175,7 @@ def before_labels(
     valid: torch.Tensor,
     sequences: torch.Tensor | None,
     labels: torch.Tensor,
-    positions: Positions | PositionsOfRows,
+    positions: AnyPositions,
     packed: bool,
 ) -> Spans:
     """Each run of labels that are not -100 is an answer, and ends a prompt that began with its sequence.
