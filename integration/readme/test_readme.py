@@ -23,7 +23,7 @@ def python_blocks():
 
 
 def test_every_python_block_is_run():
-    assert len(python_blocks()) == 2
+    assert len(python_blocks()) == 3
 
 
 def test_first_snippet(folder, chats):
@@ -45,6 +45,8 @@ def test_use_snippet(folder, capsys):
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {
         f.name for f in Path("adapter").iterdir()
     }
+    exec(python_blocks()[2], names)
+    assert names["tokens"].shape[0] == 3
 
 
 SECTION_7 = """
