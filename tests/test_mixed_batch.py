@@ -50,6 +50,12 @@ def model():
     return add_adapters(make_llama())
 
 
+def make_bert(num_labels=3):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=64)
+    return BertForSequenceClassification(BertConfig(initializer_range=0.2, num_labels=num_labels, **shape)).eval()
+
+
 def make_rows(rows, tokens=12, padded=True):
     ids = torch.randint(2, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
@@ -204,10 +210,7 @@ def test_adapters_of_different_dtypes(model):
 
 
 def test_classifier_with_a_head_for_each_adapter():
-    torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=64)
-    base = BertForSequenceClassification(BertConfig(initializer_range=0.2, num_labels=3, **shape))
-    model = add_adapters(base, {name: ADAPTERS[name] for name in ("ends", "last")}, task_type="SEQ_CLS")
+    model = add_adapters(make_bert(), {name: ADAPTERS[name] for name in ("ends", "last")}, task_type="SEQ_CLS")
     for parameter in model.get_base_model().classifier.modules_to_save["last"].parameters():
         torch.nn.init.normal_(parameter)
     ids, mask = make_rows(4, padded=False)
@@ -261,10 +264,12 @@ def test_calls_within_generate_have_adapters_of_their_own(model, ids):
     assert current_mixed_batch() is None
 
 
-def test_another_model_within_generate_keeps_its_own_adapter(model, ids):
-    other = make_llama()
+@pytest.mark.parametrize("make_other", [make_llama, make_bert])
+def test_another_model_within_generate_keeps_its_own_adapter(model, ids, make_other):
+    """A draft model, or one that gives rewards."""
+    other = make_other()
     torch.manual_seed(2)
-    other.add_adapter(ReftConfig(task_type="CAUSAL_LM", init_weights=False, positions="f2"), "ends")
+    other.add_adapter(ReftConfig(init_weights=False, positions="f2"), "ends")
     seen = []
     with torch.no_grad():
         expected = other.eval()(input_ids=ids).logits
