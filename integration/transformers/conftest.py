@@ -10,7 +10,7 @@ from peft import get_peft_model
 from peft_reft import ReftConfig
 
 
-@pytest.fixture(params=["get_peft_model", "add_adapter", "load_adapter"])
+@pytest.fixture(params=["get_peft_model", "load_adapter"])
 def adapt(request, tmp_path):
     """Gives a tiny model with a ReFT adapter that edits visibly, in eval mode, and the same by hand."""
 
