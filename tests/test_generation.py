@@ -1,10 +1,12 @@
 """generate, in its forms, against greedy decoding without a cache by hand, edited at columns that are listed here."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
-from by_hand import CACHE, GREEDY, MASK, TWO, assert_edits, generated, labels_of, make_gpt2, make_llama
+from by_hand import CACHE, GREEDY, MASK, TWO, ByHand, assert_edits, generated, labels_of, make_gpt2, make_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,8 +16,10 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     StaticCache,
+    StoppingCriteria,
 )
 
+from peft_reft import ReftConfig
 from peft_reft.generation import CACHES, Family, cached_tokens
 from peft_reft.plan import Plan, Role
 from peft_reft.positions import Positions
@@ -155,6 +159,35 @@ def test_decoding_runs_no_unit(adapt, ids, monkeypatch):
     assert calls == [12] * 3 + [1] * 15
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("options", [{}, dict(cache_implementation="static"), dict(num_beams=2)], ids=str)
+def test_decoding_runs_the_operations_of_the_base_model(adapt, ids, options):
+    """What four tokens more cost: not even a gather at no tokens is added to it."""
+    model, by_hand = adapt(positions="f2+l2")
+    costs = []
+    for generating in (by_hand.base, model):
+        counts = []
+        for new_tokens in (2, 6):
+            with Operations() as operations:
+                generated(generating, ids, max_new_tokens=new_tokens, **options)
+            counts.append(operations.counts)
+        costs.append(counts[1] - counts[0])
+        prefill = counts[0]
+    assert costs[0] == costs[1] and costs[0].total() > 100
+    assert prefill["aten.scatter.src"] >= 6  # the mode sees edits where there are some
+
+
 @pytest.mark.parametrize("how", ["keyword", "positional"])
 def test_generation_config_that_says_nothing_of_padding(adapt, ids, how):
     """generate then takes the padding token of the model's own config, or that of the config it is given."""
@@ -238,6 +271,50 @@ def test_plain_forward_within_generate(adapt, ids):
         end = input_ids.shape[1]
         expected = by_hand.logits({"unit": [[end - 2, end - 1]] * 2}, input_ids=input_ids)
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_another_adapter_within_generate(adapt, ids):
+    """A reward model that is another adapter of the same base, asked by a criterion, in eval mode or generating."""
+    model, by_hand = adapt(positions="f2+l2")
+    model.add_adapter("reward", ReftConfig(task_type="CAUSAL_LM", r=2, positions="l3", init_weights=False))
+    reward = ByHand(by_hand.base, model, "reward")
+    found = []
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            model.set_adapter("reward")
+            found.append((input_ids, model(input_ids=input_ids).logits, generated(model, input_ids, None)))
+            model.set_adapter("default")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    columns = {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}
+    expected = by_hand.generate(columns, ids)
+    assert torch.equal(generated(model, ids, None, stopping_criteria=[Asks()]), expected)
+    assert len(found) == 6
+    for input_ids, logits, tokens in found[::2]:
+        end = input_ids.shape[1]
+        columns = {"unit": [[end - 3, end - 2, end - 1]] * 2}
+        torch.testing.assert_close(logits, reward.logits(columns, input_ids=input_ids), atol=1e-5, rtol=1e-5)
+        assert torch.equal(tokens, reward.generate(columns, input_ids))
+
+
+def test_another_model_within_generate(adapt, ids):
+    model, by_hand = adapt(positions="f2+l2")
+    other, other_by_hand = adapt(make_gpt2, positions="l3")
+    found = []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            found.append((input_ids, other(input_ids=input_ids).logits, generated(other, input_ids, None)))
+            return scores
+
+    expected = by_hand.generate({"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, ids)
+    assert torch.equal(generated(model, ids, None, logits_processor=[Asks()]), expected)
+    for input_ids, logits, tokens in found[::2]:
+        end = input_ids.shape[1]
+        columns = {"unit": [[end - 3, end - 2, end - 1]] * 2}
+        torch.testing.assert_close(logits, other_by_hand.logits(columns, input_ids=input_ids), atol=1e-5, rtol=1e-5)
+        assert torch.equal(tokens, other_by_hand.generate(columns, input_ids))
 
 
 DRAFT = dict(num_assistant_tokens=3, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
