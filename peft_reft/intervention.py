@@ -108,7 +108,8 @@ class Intervention(nn.Module):
         Returns:
             `torch.Tensor` [..., d]: h', in the dtype of `hidden_states`, computed in float32 at least.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # there is none for meta
             projection = self.projection()
             dtype = torch.promote_types(hidden_states.dtype, projection.dtype)
             h, projection, b = hidden_states.to(dtype), projection.to(dtype), self.b.to(dtype)

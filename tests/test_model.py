@@ -442,6 +442,64 @@ def test_pickled_model(ids):
     )
 
 
+@pytest.mark.parametrize("adapted_by", ["get_peft_model", "inject_adapter_in_model"])
+def test_module_saved_whole(tmp_path, ids, adapted_by):
+    """The loaded model edits with its own adapter: the saved one is broken before it is used."""
+    if adapted_by == "get_peft_model":
+        model = get_peft_model(make_llama(), config()).eval()
+    else:
+        model = inject_adapter_in_model(config(), make_llama()).eval()
+    options = dict(do_sample=False, max_new_tokens=3)
+    expected, tokens = logits(model, ids), model.generate(ids, **options)
+    torch.save(model, tmp_path / "model.pt")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded, ids), expected) and torch.equal(loaded.generate(ids, **options), tokens)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    loaded.train()(input_ids=ids, labels=labels).loss.backward()
+    assert all(p.grad is not None for p in loaded.parameters() if p.requires_grad)
+    assert torch.equal(copy.deepcopy(loaded).eval().generate(ids, **options), tokens)
+
+
+DTYPES = {torch.float64: 1e-9, torch.float16: 0.05, torch.bfloat16: 0.4}  # logits are of the order of ten
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_changed_after_attachment(ids, dtype):
+    base = make_llama()
+    model = get_peft_model(copy.deepcopy(base), config()).eval()
+    single = logits(model, ids)
+    model, base = model.to(dtype), base.to(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    columns = {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}
+    found, expected = logits(model, ids), ByHand(base, model).logits(columns, input_ids=ids)
+    assert found.dtype == dtype
+    atol = DTYPES[dtype]
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    torch.testing.assert_close(found.float(), single, atol=max(atol, 1e-4), rtol=0)
+    assert (logits(base, ids) - expected).abs().max() > 5 * atol
+    tokens = model.generate(ids, do_sample=False, max_new_tokens=2)
+    assert torch.equal(tokens[:, 12], expected[:, -1].argmax(-1))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    model.train()(input_ids=ids, labels=labels).loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in model.parameters() if p.requires_grad)
+
+
+def test_moved_after_attachment(ids):
+    """No tensor stays behind: on the meta device, where nothing mixes with tensors of another."""
+    model = get_peft_model(make_llama(), config()).eval().to("meta")
+    labels = torch.full_like(ids, -100)
+    labels[:, 5:] = 1
+    output = model.train()(input_ids=ids.to("meta"), labels=labels.to("meta"))
+    output.loss.backward()
+    assert output.logits.device.type == "meta"
+    assert all(p.grad.device.type == "meta" for p in model.parameters() if p.requires_grad)
+    model.eval()(input_ids=ids.to("meta"), prompt_lengths=torch.tensor([4, 5]))
+
+
 def test_reft_beside_lora(ids):
     """Both are trained; unloading ReFT leaves LoRA."""
     base = make_llama()

@@ -9,6 +9,7 @@ from by_hand import TWO, assert_edits, generated, labels_of
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
+from peft_reft import ReftConfig
 from peft_reft.generation import Family
 from peft_reft.plan import Plan, Role, current_plan, recall, remember
 
@@ -30,6 +31,64 @@ def test_threads_do_not_see_each_others_plans(adapt, ids):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_that_do_different_things(adapt, ids):
+    """Generation of several kinds beside training with recomputed blocks, on one model."""
+    model, by_hand = adapt(positions="f2+l2")
+    base = model.get_base_model()
+    short = torch.ones(2, 7, dtype=torch.long)
+    jobs = {
+        "padded": lambda: generated(model, ids),
+        "beams": lambda: generated(base, ids[:, 3:10], short, num_beams=2),
+        "static": lambda: generated(model, ids[:, :8], None, cache_implementation="static"),
+        "forward": lambda: model(input_ids=ids[:, :9], prompt_lengths=torch.tensor([4, 7])).logits,
+    }
+    with torch.no_grad():
+        expected = {name: job() for name, job in jobs.items()}
+    wrong = []
+
+    def work(name):
+        with torch.no_grad():
+            for _ in range(4):
+                if not torch.equal(jobs[name](), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and current_plan() is None
+
+
+def test_threads_that_train(adapt, ids):
+    """Blocks are run again in the backward pass, each with the plan of its own thread's call."""
+    model, _ = adapt(positions="f2+l2")
+    model.train().enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batches = [(ids[:, :n], labels_of(ids[:, :n], [(n - 3, n)], [(n - 5, n)])) for n in (9, 10, 11, 12)]
+
+    def grads(batch):
+        return torch.autograd.grad(model(input_ids=batch[0], labels=batch[1]).loss, parameters)
+
+    expected = [grads(batch) for batch in batches]
+    found: dict[int, list] = {n: [] for n in range(4)}
+
+    def work(n):
+        for _ in range(3):
+            found[n].append(grads(batches[n]))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, several in found.items():
+        assert len(several) == 3
+        for gradient in several:
+            torch.testing.assert_close(gradient, expected[n], atol=1e-6, rtol=1e-5)
 
 
 def test_call_after_an_error(adapt, ids):
@@ -150,6 +209,45 @@ def test_checkpointing_with_another_call_before_backward(adapt, ids, by):
     loss.backward()
     found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
     assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["kept", "reentrant", "recomputed"])
+@pytest.mark.parametrize("between", ["evaluation", "generation", "disabled", "other adapter", "error"])
+def test_what_comes_between_forward_and_backward(adapt, ids, between, checkpointing):
+    """An evaluation, samples of the policy, or a reference leave the gradients as they are."""
+    labels = labels_of(ids, *TWO["answers"])
+    model, _ = adapt(positions="f2+l2")
+    model.add_adapter("other", ReftConfig(task_type="CAUSAL_LM", r=2, positions="l3", init_weights=False))
+    model.train()
+    model(input_ids=ids, labels=labels).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    loss = model(input_ids=ids, labels=labels).loss
+    with torch.no_grad():
+        if between == "evaluation":
+            model.eval()(input_ids=ids, labels=labels_of(ids, [(3, 12)], [(5, 9)]))
+        elif between == "generation":
+            model.eval().generate(input_ids=ids[:, :7], max_new_tokens=3)
+        elif between == "disabled":
+            with model.disable_adapter():
+                model(input_ids=ids, labels=labels)
+        elif between == "other adapter":
+            model.set_adapter("other")
+            model(input_ids=ids, labels=labels)
+            model.set_adapter("default")
+        else:
+            with pytest.raises(ValueError):
+                model(input_ids=ids, prompt_lengths=torch.tensor([99, 99]))
+    model.train()
+    loss.backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys() and expected
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
 
