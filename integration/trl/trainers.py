@@ -108,3 +108,52 @@ def mean_loss(logits, sequences):
         torch.nn.functional.cross_entropy(row[0, :-1], labels[0, 1:], reduction="sum") for row, (_, labels) in pairs
     )
     return total / sum((labels[:, 1:] != -100).sum() for _, labels in sequences)
+
+
+# What trainers with a policy and a reference should be given
+
+
+def adapter_in_use(model):
+    """The adapter that edits now, None for the base model."""
+    layers = [module for module in model.modules() if type(module).__name__ == "ReftLayer"]
+    (names,) = {tuple(layer.adapters_in_use) for layer in layers}
+    return names[0] if names else None
+
+
+def scores_alone(by_hand, ids, marker, edited):
+    """Log probabilities of the tokens of an answer, which follows the first marker in a row without padding."""
+    end = ids.tolist().index(marker) + 1
+    columns = {"prefix": [[0, 1]], "suffix": [[end - 2, end - 1]]} if edited else {"prefix": [[]], "suffix": [[]]}
+    logits = by_hand.logits(columns, input_ids=ids[None])[0, end - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[end:, None])[:, 0]
+
+
+class Watch:
+    """Compares every call that scores completions with each of its rows alone, edited by hand.
+
+    Args:
+        trainer: the trainer.
+        base: the model before it got an adapter.
+        marker (`int`): the token that prompts end with.
+
+    Attributes:
+        calls (`list`): for each call the adapter that it should have used, found by the trainer's own switches.
+    """
+
+    def __init__(self, trainer, base, marker):
+        self.model, self.base, self.marker, self.calls = trainer.model, base, marker, []
+        self.inner = trainer.model.get_base_model()
+        self.handle = self.inner.register_forward_hook(self.compare, with_kwargs=True)
+
+    def compare(self, module, args, kwargs, output):
+        if not hasattr(output, "log_probs"):
+            return
+        adapter = adapter_in_use(self.inner)
+        self.calls.append(adapter)
+        by_hand = ByHand(self.base, self.model, adapter=adapter or "default")
+        for row, (ids, mask) in enumerate(zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)):
+            columns = mask.nonzero()[:, 0]
+            expected = scores_alone(by_hand, ids[columns], self.marker, edited=adapter is not None)
+            found = output.log_probs[row].detach()[columns[-len(expected) :] - 1]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+            assert len(found) == (output.log_probs[row] != 0).sum()
