@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .mixed_batch import MixedBatch
 from .positions import Spans
-from .spans import whole_sequences
+from .spans import valid_tokens, whole_sequences
 
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 
@@ -79,6 +79,8 @@ class Generation:
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
+        chunk_size (`int`, *optional*): of a prompt that comes in chunks.
+        encoded: what the encoder put out for a decoder without a cache.
     """
 
     family: Family
@@ -89,6 +91,8 @@ class Generation:
     is_draft: bool = False
     cache: Any = None
     mixed_batch: MixedBatch | None = None
+    chunk_size: int | None = None
+    encoded: Any = None
 
     @classmethod
     def of(cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":
@@ -120,6 +124,7 @@ class Generation:
         possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         inputs = next((given for given in possible if given is not None), None)
         if model.config.is_encoder_decoder:
+            generation.chunk_size = _option(configs, "prefill_chunk_size")
             return generation
         if inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0 and not inputs.is_floating_point():
             generation.input_ids = inputs
@@ -159,6 +164,33 @@ class Generation:
         copies, rest = divmod(len(input_ids), len(own))
         prompt = input_ids[:, : own.shape[1]]
         return rest == 0 and torch.equal(prompt, own.to(prompt.device).repeat_interleave(copies, dim=0))
+
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        """Take a decoder's prompt from the forward that it begins with.
+
+        One call may begin several: Whisper's `generate` asks for the language first, and then goes from segment to
+        segment.
+
+        Raises:
+            ValueError: if the prompt comes in chunks.
+        """
+        cache, tokens = find_cache(arguments), given_tokens(arguments) or 0
+        cached = cached_tokens(cache)  # in a static cache that is in use a tensor, at which looking would wait
+        is_new = isinstance(cached, int) and cached == 0
+        if cache is None:
+            encoded, self.encoded = self.encoded, arguments.get("encoder_outputs")
+            is_new = tokens != self.seen + 1 or encoded is not self.encoded
+        self.cache = cache
+        if self.valid is not None and not is_new:
+            return
+        if self.chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={self.chunk_size}: ReFT cannot tell where the prompt of a decoder ends that is "
+                "given in chunks. Generate without it."
+            )
+        self.seen = self.seen if self.valid is None and cache is not None else 0
+        valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)
+        self.valid = torch.ones(1, self.seen + tokens, dtype=torch.bool) if valid is None else valid
 
     def window(self, tokens: int) -> tuple[int, int] | None:
         """Where in the sequence the tokens of the next forward lie: first column and last + 1.

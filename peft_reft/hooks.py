@@ -38,7 +38,11 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
             "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
-    is_tensor = isinstance(hidden_states, torch.Tensor)
+    is_tensor, is_packed = isinstance(hidden_states, torch.Tensor), False
+    if plan.role.kind == "signal":
+        plan.see_mask(module, args, kwargs)
+        is_packed = is_tensor and hidden_states.dim() == 2  # all images in one row
+        hidden_states = hidden_states.unsqueeze(0) if is_packed else hidden_states
     if not is_tensor or hidden_states.dim() != 3 or hidden_states.shape[-1] != layer.d:
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         raise ValueError(
@@ -46,6 +50,7 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"tokens, {layer.d}]: name modules in target_modules that put out hidden states."
         )
     edited = layer(hidden_states, plan)
+    edited = edited.squeeze(0) if is_packed else edited
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 
@@ -53,24 +58,32 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     """Forward pre-hook of a model: make the plan of the call, and keep `prompt_lengths` from the model."""
     role: plans.Role = module._reft_role  # type: ignore[assignment]
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
+    if role.kind == "signal":
+        arguments[plans.SIGNAL] = next(filter(torch.is_tensor, arguments.values()), None)
     arguments = {name: arguments[name] for name in plans.TELLING if arguments.get(name) is not None}
     outer = plans.current_plan()
-    if outer is not None and outer.role.family is role.family:
+    while outer is not None and outer.role.family is role.family:
         if outer.contains(role, arguments):
             return None
+        if role.apart and not outer.role.apart and role.depth > outer.role.depth:
+            if role.kind == "decoder":  # some of what tells is given to the model around it
+                told = ("labels", "prompt_lengths", "encoder_outputs")
+                arguments = {name: outer.arguments[name] for name in told if name in outer.arguments} | arguments
+            break
         outer = outer.outer  # left behind by an interrupt
     generation = generation_of(role, arguments)
     mixed_batch = mixed_batch_of(module, generation, kwargs)
     plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer, mixed_batch))
-    kwargs.pop("prompt_lengths", None)
+    if "prompt_lengths" not in role.argument_names:
+        kwargs.pop("prompt_lengths", None)
     return args, kwargs
 
 
 def generation_of(role: plans.Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
     """What knows the prompts of a call that generates."""
     generation = current_generation()
-    if generation is not None and role.kind != "whole" and generation.family is role.family:
-        if generation.is_of(arguments):
+    if generation is not None and generation.family is role.family:
+        if role.kind == "decoder" or (role.kind == "causal" and generation.is_of(arguments)):
             return generation
     return Requests.of(find_cache(arguments))
 
@@ -86,7 +99,7 @@ def mixed_batch_of(
     if mixed_batch is None or mixed_batch.family is not role.family:
         return None
     is_running = running is not None and mixed_batch is running.mixed_batch
-    is_aside = is_running and generation is not running and role.kind != "whole"  # a call of its own within generate
+    is_aside = is_running and generation is not running and role.kind == "causal"  # a call of its own within generate
     return None if is_aside else mixed_batch
 
 
@@ -177,25 +190,38 @@ def kind_of(module: nn.Module) -> str | None:
     return None if role is None else role.kind
 
 
+def reads_text(module: nn.Module) -> bool:
+    """Whether a model is given text, perhaps beside images or sound."""
+    return "text" in getattr(module, "input_modalities", "text")
+
+
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
     """Hook the models around every adapted module, so that each call of them has a plan."""
-    callers: dict[str, str] = {}  # path of a model whose calls have a plan -> kind of its role
+    callers: dict[str, tuple[str, bool]] = {}  # path of a model whose calls have a plan -> kind of its role, apart
     for name in adapted_modules(model):
         parts = name.split(".")
         paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
         around = [path for path in paths if isinstance(model.get_submodule(path), PreTrainedModel)] or [""]
         outermost: Any = model.get_submodule(around[0])
+        nearest = model.get_submodule(around[-1])
+        generates = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
+        generates = generates or config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
         if isinstance(outermost, PreTrainedModel) and outermost.config.is_encoder_decoder:
-            # Encoder and decoder have sequences of their own.
-            is_decoder = model.get_submodule(around[-1]) in set(outermost.get_decoder().modules())
-            callers[around[-1]] = "decoder" if is_decoder else "whole"
+            # Encoder and decoder have sequences of their own; what is told of them is told to the model around them.
+            callers.setdefault(around[0], ("whole", False))
+            decoder, generates = outermost.get_decoder(), generates or kind_of(nearest) == "decoder"
+            is_decoder = decoder is not outermost and nearest in set(decoder.modules())
+            kind = "whole" if reads_text(nearest) else "signal"
+            callers[around[-1]] = ("decoder" if is_decoder and generates else kind, nearest is not outermost)
+            continue
+        generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
+        kind = "causal" if generates else "whole" if reads_text(outermost) else "signal"
+        if reads_text(outermost) and not reads_text(nearest):
+            callers |= {around[0]: (kind, False), around[-1]: ("signal", True)}
         else:
-            continues = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
-            is_causal = continues or config.task_type == TaskType.CAUSAL_LM
-            is_causal = is_causal or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
-            callers |= dict.fromkeys(around, "causal" if is_causal else "whole")
+            callers |= dict.fromkeys(around, (kind, False))
     family = family_of(model)
-    for path, kind in callers.items():
+    for path, (kind, apart) in callers.items():
         module = model.get_submodule(path)
         if "_reft_role" not in vars(module):
             module._reft_handles = (  # type: ignore[assignment]
@@ -204,7 +230,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             )
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         depth = len(path.split(".")) if path else 0
-        module._reft_role = plans.Role(family, kind, depth, names)  # type: ignore[assignment]
+        module._reft_role = plans.Role(family, kind, depth, names, apart)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
             vars(module)["generate"] = Generate(module, family)

@@ -4,6 +4,7 @@ A `Plan` belongs to one call of the model. It lies in thread-local storage while
 module finds it (torch.compile traces `threading.local`, but not a `ContextVar`).
 """
 
+import inspect
 import threading
 import weakref
 from collections.abc import Mapping
@@ -19,17 +20,22 @@ from .continuous_batching import Requests
 from .generation import CACHES, Family, Generation, cached_tokens, find_cache, given_tokens
 from .mixed_batch import MixedBatch
 from .positions import AnyPositions, Rows, Spans, to_rows
-from .spans import IGNORED_LABEL, before_labels, given_lengths, sequence_ids, valid_tokens, whole_sequences
+from .spans import IGNORED_LABEL, before_labels, check, given_lengths, sequence_ids, valid_tokens, whole_sequences
+
+SIGNAL = "signal"  # what a model of images or sound is given, whatever its forward calls it
+SIGNAL_MASKS = ("attention_mask", "patch_attention_mask", "pixel_attention_mask")
 
 # The arguments of a model's forward that tell where prompts are.
 TELLING = (
     "input_ids",
     "inputs_embeds",
-    "attention_mask",
     "position_ids",
     "cu_seq_lens_q",
     "labels",
     "prompt_lengths",
+    "encoder_outputs",
+    SIGNAL,
+    *SIGNAL_MASKS,
     *CACHES,
 )
 
@@ -46,15 +52,19 @@ class Role:
     Attributes:
         family (`Family`): the model that it belongs to.
         kind (`str`): `"causal"` for a model that continues its prompt; `"whole"` for one whose whole input is the
-            prompt (encoders, classifiers); `"decoder"` for the decoder of an encoder-decoder model.
+            prompt (encoders, classifiers); `"signal"` for such a model of images or sound, which makes its tokens
+            itself; `"decoder"` for the decoder of an encoder-decoder model.
         depth (`int`): how deep in the model it lies.
         argument_names (`tuple[str, ...]`): names of the positional arguments of the forward, in order.
+        apart (`bool`): whether its tokens are not those of the model around it (an encoder and a decoder, a vision
+            tower), so that its calls have plans of their own.
     """
 
     family: Family
     kind: str
     depth: int
     argument_names: tuple[str, ...]
+    apart: bool = False
 
 
 def current_plan() -> "Plan | None":
@@ -116,13 +126,16 @@ class Plan:
     mixed_batch: MixedBatch | None = None
     _window: tuple[int, int] | None = None
     _past: int | torch.Tensor | None = 0
+    _block_mask: tuple[torch.Tensor | None] | None = None
     _rows: dict[Any, dict[str, Rows] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Before the call goes on: blocks add to the cache.
         if self.generation is not None:
+            if self.role.kind == "decoder":
+                self.generation.begin(self.arguments)
             self._window = self.generation.window(given_tokens(self.arguments) or 0)
-        elif self.role.kind != "whole":
+        elif self.continues:
             past = cached_tokens(find_cache(self.arguments))
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
 
@@ -130,10 +143,16 @@ class Plan:
         """Whether a module that is called now is part of this call.
 
         An interrupt can leave the plan of a call behind that has ended, so this must be certain: the module lies
-        deeper in the same model, and is given no other ids.
+        deeper in the same model, on the same sequence, and is given no other ids.
         """
         ids, own_ids = arguments.get("input_ids"), self.arguments.get("input_ids")
-        return role.family is self.role.family and role.depth > self.role.depth and (ids is None or ids is own_ids)
+        is_within = role.family is self.role.family and role.depth > self.role.depth
+        return is_within and not role.apart and (ids is None or ids is own_ids)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model goes on with its prompt."""
+        return self.role.kind in ("causal", "decoder")
 
     @cached_property
     def kept(self) -> "Plan":
@@ -181,6 +200,8 @@ class Plan:
 
     def _find_spans(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans | None:
         """The prompts of the call; None where its tokens are in no prompt."""
+        if self.role.kind == "signal":
+            return self._find_signal_spans(positions, batch, tokens, device)
         arguments = self.arguments
         given = given_tokens(arguments)
         if given is not None and given != tokens:
@@ -195,15 +216,16 @@ class Plan:
         if tokens == 1 and lengths is None and not (isinstance(past, int) and past == 0):
             return None  # one token after others goes on with an answer
         past = int(past or 0)
-        is_causal = self.role.kind == "causal"
-        valid = valid_tokens(arguments.get("attention_mask"), past, tokens, is_causal)
+        valid = valid_tokens(arguments.get("attention_mask"), past, tokens, self.continues)
         if valid is None:
             valid = torch.ones(batch, past + tokens, dtype=torch.bool, device=device)
         valid = valid.to(device).expand(batch, -1)
         sequences = sequence_ids(arguments, valid) if not past else None
         labels = arguments.get("labels")
-        if not is_causal or labels is None or tuple(labels.shape) != (batch, tokens):
-            labels = None  # of another kind: classes, spans, or the decoder's
+        if not self.continues or labels is None or tuple(labels.shape) != (batch, tokens):
+            labels = None  # of another kind: classes or spans
+        elif self.role.kind == "decoder":  # whose labels lie at the token before the one that they are
+            labels = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED_LABEL)
         if lengths is not None:
             spans = given_lengths(valid, sequences, lengths)
         elif labels is not None:
@@ -213,7 +235,7 @@ class Plan:
             spans = before_labels(valid, sequences, labels, positions, packed)
             _remember_labelled(arguments.get("input_ids"), self.training)
         else:
-            if positions.need_end and self.role.kind != "whole":
+            if positions.need_end and self.continues:
                 if self.training:
                     raise ValueError(self._no_end(positions))
                 if is_causal and _were_labelled(arguments.get("input_ids")):
@@ -221,10 +243,48 @@ class Plan:
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
 
+    def see_mask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Look at the mask that an adapted module was given: only it counts tokens that were made of a signal."""
+        if self._block_mask is None:
+            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            if "attention_mask" in names:
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                self._block_mask = (given.get("attention_mask"),)
+
+    def _find_signal_spans(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans:
+        """All that a model of images or sound makes of its input is its prompt."""
+        signal = self.arguments.get(SIGNAL)
+        if (positions.prefix or positions.suffix) and signal is not None and len(signal) != batch:
+            raise ValueError(
+                f"positions='{positions.text}': {type(self.owner).__name__} lays its input {list(signal.shape)} into "
+                f"{batch} rows of {tokens} tokens, so ReFT cannot tell where each image begins and ends. Choose "
+                "'prompt' or 'all' there."
+            )
+        if self._block_mask is not None:
+            mask = self._block_mask[0]
+        else:
+            given = [self.arguments[name] for name in SIGNAL_MASKS if name in self.arguments]
+            mask = given[0].flatten(1) if given else None
+            if mask is not None and tuple(mask.shape) != (batch, tokens):
+                check(
+                    (mask != 0).all(),
+                    f"The mask {list(given[0].shape)} does not count the {tokens} tokens that are made of the input, "
+                    "so ReFT cannot tell which are padding: adapt blocks, which are given a mask of their own.",
+                )
+                mask = None
+        valid = valid_tokens(mask, 0, tokens, is_causal=False)
+        if valid is None:
+            valid = torch.ones(batch, tokens, dtype=torch.bool)
+        return whole_sequences(valid.to(device).expand(batch, -1))
+
     def _no_end(self, positions: AnyPositions) -> str:
         message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
         if self.role.kind == "decoder":
-            return message + "For the decoder of an encoder-decoder model choose 'f<n>' or 'all', or edit its encoder."
+            return message + (
+                "Pass `labels` to the encoder-decoder model's forward, or `prompt_lengths`, a LongTensor [batch] with "
+                "the number of tokens in `decoder_input_ids` that come before each answer (1 for the start token "
+                "alone). Or choose 'f<n>' or 'all', or edit the encoder."
+            )
         return message + (
             "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] "
             "with the number of tokens in each prompt, padding not counted. With a trainer that keeps the labels for "

@@ -131,7 +131,11 @@ class PositionsOfRows:
 
     @property
     def prefix(self) -> int:
-        return max((choice.prefix for choice in self.choices if choice and choice.need_end), default=0)
+        return max((choice.prefix for choice in self.choices if choice), default=0)
+
+    @property
+    def suffix(self) -> int:
+        return max((choice.suffix for choice in self.choices if choice), default=0)
 
     @property
     def need_end(self) -> bool:

@@ -1,13 +1,16 @@
 """Tiny models, and ReFT by hand: plain hooks on a base model that edit the columns which a test lists."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from peft_reft import ReftConfig
 
 VOCABULARY = 64
 IGNORED = -100
@@ -70,8 +73,11 @@ class ByHand:
                     self.tensors.setdefault(block, {}).setdefault(unit, {})[tensor_name] = tensor.detach()
 
     @contextmanager
-    def edits(self, columns: dict[str, list[list[int]]]) -> Iterator[None]:
-        """Edit, in each unit, the listed columns of each row, counted from the first token that the cache holds."""
+    def edits(self, columns: dict[str, list[list[int]]], within: str = "") -> Iterator[None]:
+        """Edit, in each unit, the listed columns of each row, in the blocks whose name has `within` in it.
+
+        Columns are counted from the first token that the cache holds.
+        """
         past = 0
 
         def look(module, args, kwargs):
@@ -81,6 +87,8 @@ class ByHand:
 
         handles = [self.base.register_forward_pre_hook(look, with_kwargs=True)]
         for block, units in self.tensors.items():
+            if within not in block:
+                continue
 
             def hook(module, args, output, units=units):
                 hidden_states = (output[0] if isinstance(output, tuple) else output).clone()
@@ -114,6 +122,19 @@ class ByHand:
             input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         return input_ids
+
+
+def adapt_model(base: nn.Module, **options) -> tuple[PeftModel, ByHand]:
+    """A copy of a model with a ReFT adapter that edits visibly, in eval mode, and the same by hand."""
+    options = {"task_type": "CAUSAL_LM", "r": 4, "init_weights": False} | options
+    torch.manual_seed(1)
+    model = get_peft_model(copy.deepcopy(base), ReftConfig(**options)).eval()
+    return model, ByHand(base, model)
+
+
+def random_ids() -> torch.Tensor:
+    """Two rows of twelve tokens, none of them padding."""
+    return torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
 
 
 def labels_of(ids, *answers):

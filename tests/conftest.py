@@ -1,13 +1,10 @@
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from by_hand import VOCABULARY, ByHand, make_llama
-from peft import PeftModel, get_peft_model
+from by_hand import ByHand, adapt_model, make_llama, random_ids
+from peft import PeftModel
 from torch import nn
-
-from peft_reft import ReftConfig
 
 
 @pytest.fixture
@@ -15,11 +12,7 @@ def adapt() -> Callable[..., tuple[PeftModel, ByHand]]:
     """Gives a tiny model with a ReFT adapter that edits visibly, in eval mode, and the same by hand."""
 
     def make(make_base: Callable[[], nn.Module] = make_llama, **options) -> tuple[PeftModel, ByHand]:
-        base = make_base()
-        options = {"task_type": "CAUSAL_LM", "r": 4, "init_weights": False} | options
-        torch.manual_seed(1)
-        model = get_peft_model(copy.deepcopy(base), ReftConfig(**options)).eval()
-        return model, ByHand(base, model)
+        return adapt_model(make_base(), **options)
 
     return make
 
@@ -27,4 +20,4 @@ def adapt() -> Callable[..., tuple[PeftModel, ByHand]]:
 @pytest.fixture
 def ids() -> torch.Tensor:
     """Two rows of twelve tokens, none of them padding."""
-    return torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
+    return random_ids()

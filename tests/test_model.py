@@ -12,7 +12,6 @@ from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
     AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
     LoraConfig,
@@ -37,8 +36,6 @@ from transformers import (
     LlamaForCausalLM,
     RobertaConfig,
     RobertaModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from peft_reft import ReftConfig
@@ -572,7 +569,7 @@ def test_resized_embeddings(saved, ids):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-# Encoders and encoder-decoders, through every Auto class
+# Encoders, through every Auto class
 
 BERT = dict(
     vocab_size=VOCABULARY,
@@ -630,51 +627,3 @@ def test_encoders(tmp_path, ids, task):
     model.save_pretrained(tmp_path / "adapter")
     loaded = auto_class.from_pretrained(tmp_path / "adapter")
     assert torch.equal(first_output(loaded, input_ids=ids, attention_mask=mask), found)
-
-
-@pytest.fixture(scope="module")
-def t5():
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    return T5ForConditionalGeneration(config).eval()
-
-
-def test_encoder_of_an_encoder_decoder(t5, tmp_path, ids):
-    base = t5
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(
-        T5ForConditionalGeneration.from_pretrained(tmp_path / "base"), config(task_type="SEQ_2_SEQ_LM")
-    )
-    mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
-    inputs = dict(input_ids=ids, attention_mask=mask, labels=ids[:, :5].contiguous())
-    by_hand = ByHand(base, model)
-    assert all(block.startswith("encoder.") for block in by_hand.tensors)
-    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[10, 11], [7, 8]]}
-    expected = by_hand.logits(columns, **inputs)
-    for mode in (model.train(), model.eval()):  # labels are the decoder's
-        with torch.no_grad():
-            torch.testing.assert_close(mode(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-    options = dict(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=5)
-    options |= dict(return_dict_in_generate=True, output_logits=True)
-    with by_hand.edits(columns):
-        expected = base.generate(**options)
-    torch.testing.assert_close(model.generate(**options).logits, expected.logits, atol=1e-5, rtol=1e-5)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
-    torch.testing.assert_close(loaded.generate(**options).logits, expected.logits, atol=1e-5, rtol=1e-5)
-
-
-def test_decoder_of_an_encoder_decoder_does_not_guess(t5, ids):
-    decoder = config(task_type="SEQ_2_SEQ_LM", target_modules=r"decoder\.block\.\d+", positions="l1")
-    model = get_peft_model(copy.deepcopy(t5), decoder).train()
-    with pytest.raises(ValueError, match="decoder of an encoder-decoder"):
-        model(input_ids=ids, labels=ids[:, :5].contiguous())
