@@ -190,11 +190,6 @@ def kind_of(module: nn.Module) -> str | None:
     return None if role is None else role.kind
 
 
-def reads_text(module: nn.Module) -> bool:
-    """Whether a model is given text, perhaps beside images or sound."""
-    return "text" in getattr(module, "input_modalities", "text")
-
-
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
     """Hook the models around every adapted module, so that each call of them has a plan."""
     callers: dict[str, tuple[str, bool]] = {}  # path of a model whose calls have a plan -> kind of its role, apart
@@ -211,12 +206,12 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             callers.setdefault(around[0], ("whole", False))
             decoder, generates = outermost.get_decoder(), generates or kind_of(nearest) == "decoder"
             is_decoder = decoder is not outermost and nearest in set(decoder.modules())
-            kind = "whole" if reads_text(nearest) else "signal"
+            kind = "whole" if plans.reads_text(nearest) else "signal"
             callers[around[-1]] = ("decoder" if is_decoder and generates else kind, nearest is not outermost)
             continue
         generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
-        kind = "causal" if generates else "whole" if reads_text(outermost) else "signal"
-        if reads_text(outermost) and not reads_text(nearest):
+        kind = "causal" if generates else "whole" if plans.reads_text(outermost) else "signal"
+        if plans.reads_text(outermost) and not plans.reads_text(nearest):
             callers |= {around[0]: (kind, False), around[-1]: ("signal", True)}
         else:
             callers |= dict.fromkeys(around, (kind, False))

@@ -67,6 +67,11 @@ class Role:
     apart: bool = False
 
 
+def reads_text(module: nn.Module) -> bool:
+    """Whether a model is given text, perhaps beside images or sound."""
+    return "text" in getattr(module, "input_modalities", "text")
+
+
 def current_plan() -> "Plan | None":
     """The plan of the call that runs in this thread."""
     return getattr(_local, "plan", None)
@@ -238,7 +243,7 @@ class Plan:
             if positions.need_end and self.continues:
                 if self.training:
                     raise ValueError(self._no_end(positions))
-                if is_causal and _were_labelled(arguments.get("input_ids")):
+                if self.role.kind == "causal" and _were_labelled(arguments.get("input_ids")):
                     raise ValueError(self._labels_withheld(positions))
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)

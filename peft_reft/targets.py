@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import ReftConfig
 from .layer import ReftLayer
+from .plan import reads_text
 
 
 def is_excluded(config: ReftConfig, key: str) -> bool:
@@ -171,6 +172,12 @@ def text_config(module: nn.Module) -> Any:
     return module.config.get_text_config() if isinstance(module, PreTrainedModel) else getattr(module, "config", None)
 
 
+def norm_width(module: nn.Module) -> int | None:
+    """The width of a norm; None for another module."""
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
+
+
 def output_width(model: nn.Module, name: str) -> int:
     """The width of what a module puts out.
 
@@ -191,11 +198,15 @@ def output_width(model: nn.Module, name: str) -> int:
         for attribute in ("out_features", "embedding_dim") + (("nf",) if isinstance(module, Conv1D) else ()):
             if isinstance(width := getattr(module, attribute, None), int):
                 return width
-        weight = getattr(module, "weight", None)
-        if next(module.children(), None) is None and isinstance(weight, torch.Tensor) and weight.dim() == 1:
-            return weight.shape[0]  # a norm
+        if next(module.children(), None) is None and (width := norm_width(module)) is not None:
+            return width
         names = name.split(".")
         owners = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+        models = (owner for owner in owners if isinstance(owner, PreTrainedModel))
+        if not reads_text(next(models, model)):  # the config of a vision tower may give the width of its end alone
+            widths = (norm_width(child) for owner in owners for child in owner.children())
+            if (width := next(filter(None, widths), None)) is not None:
+                return width
         for owner in owners:
             if isinstance(width := getattr(text_config(owner), "hidden_size", None), int):
                 return width

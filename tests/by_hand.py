@@ -93,11 +93,12 @@ class ByHand:
             def hook(module, args, output, units=units):
                 hidden_states = (output[0] if isinstance(output, tuple) else output).clone()
                 assert units.keys() == columns.keys(), "the test lists columns for other units"
+                tokens = hidden_states if hidden_states.dim() == 3 else hidden_states[None]  # all in one row
                 for unit, rows in columns.items():
                     for row, listed in enumerate(rows):
                         for column in (column - past for column in listed):
-                            if 0 <= column < hidden_states.shape[1]:
-                                hidden_states[row, column] = edit_by_hand(units[unit], hidden_states[row, column])
+                            if 0 <= column < tokens.shape[1]:
+                                tokens[row, column] = edit_by_hand(units[unit], tokens[row, column])
                 return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
             handles.append(self.base.get_submodule(block).register_forward_hook(hook))
