@@ -38,13 +38,15 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
             "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
-    is_tensor, is_packed = isinstance(hidden_states, torch.Tensor), False
+    is_tensor, is_packed = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, False
     if plan.role.kind == "signal":
         plan.see_mask(module, args, kwargs)
         is_packed = is_tensor and hidden_states.dim() == 2  # all images in one row
         hidden_states = hidden_states.unsqueeze(0) if is_packed else hidden_states
     if not is_tensor or hidden_states.dim() != 3 or hidden_states.shape[-1] != layer.d:
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
+        if isinstance(hidden_states, torch.Tensor) and not is_tensor:
+            given = "a nested tensor (which torch.nn.TransformerEncoder does with enable_nested_tensor=True)"
         raise ValueError(
             f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, "
             f"tokens, {layer.d}]: name modules in target_modules that put out hidden states."

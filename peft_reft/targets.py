@@ -202,15 +202,17 @@ def output_width(model: nn.Module, name: str) -> int:
             return width
         names = name.split(".")
         owners = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
-        models = (owner for owner in owners if isinstance(owner, PreTrainedModel))
-        if not reads_text(next(models, model)):  # the config of a vision tower may give the width of its end alone
-            widths = (norm_width(child) for owner in owners for child in owner.children())
-            if (width := next(filter(None, widths), None)) is not None:
+        by_config = [getattr(text_config(owner), "hidden_size", None) for owner in owners]
+        by_norm = [norm_width(child) for owner in owners for child in owner.children()]
+        nearest = next((owner for owner in owners if isinstance(owner, PreTrainedModel)), model)
+        # The config of a vision tower may give the width of its end alone.
+        for width in by_config + by_norm if reads_text(nearest) else by_norm + by_config:
+            if isinstance(width, int):
                 return width
-        for owner in owners:
-            if isinstance(width := getattr(text_config(owner), "hidden_size", None), int):
-                return width
-        problem = "belongs to no model whose config has a hidden_size, so the width of its output is not known"
+        problem = (
+            "belongs to no model whose config has a hidden_size, and to no block with a norm, so the width of its "
+            "output is not known"
+        )
     raise ValueError(
         f"{name!r} cannot be adapted: it {problem}. Name modules in target_modules that put out hidden states, such "
         "as a block, its attention or its MLP, or leave target_modules at None."
