@@ -7,13 +7,14 @@ at their prompt and some at their answer, and a cache by which the manager is fo
 import copy
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig
 
+from .generation import given_tokens
 from .positions import Spans
 
 _managers: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -108,10 +109,10 @@ class Requests:
                 return cls(prompts, [end - n for end, n in zip(ends, given, strict=True)], given)
         return None
 
-    def window(self, tokens: int) -> tuple[int, int] | None:
+    def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         """The columns of the forward; None if no token of a prompt is among them."""
         is_over = all(start >= prompt for start, prompt in zip(self.starts, self.prompts, strict=True))
-        return None if is_over else (0, tokens)
+        return None if is_over else (0, given_tokens(arguments) or 0)
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
         """The prompts in the row [1, tokens]; what fills it up to a fixed length is in none."""

@@ -79,6 +79,7 @@ class Generation:
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
+        is_decoder (`bool`): whether forwards are those of the decoder of an encoder-decoder model.
         chunk_size (`int`, *optional*): of a prompt that comes in chunks.
         encoded: what the encoder put out for a decoder without a cache.
     """
@@ -91,6 +92,7 @@ class Generation:
     is_draft: bool = False
     cache: Any = None
     mixed_batch: MixedBatch | None = None
+    is_decoder: bool = False
     chunk_size: int | None = None
     encoded: Any = None
 
@@ -124,7 +126,7 @@ class Generation:
         possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         inputs = next((given for given in possible if given is not None), None)
         if model.config.is_encoder_decoder:
-            generation.chunk_size = _option(configs, "prefill_chunk_size")
+            generation.is_decoder, generation.chunk_size = True, _option(configs, "prefill_chunk_size")
             return generation
         if inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0 and not inputs.is_floating_point():
             generation.input_ids = inputs
@@ -165,7 +167,7 @@ class Generation:
         prompt = input_ids[:, : own.shape[1]]
         return rest == 0 and torch.equal(prompt, own.to(prompt.device).repeat_interleave(copies, dim=0))
 
-    def begin(self, arguments: Mapping[str, Any]) -> None:
+    def _begin(self, arguments: Mapping[str, Any]) -> None:
         """Take a decoder's prompt from the forward that it begins with.
 
         One call may begin several: Whisper's `generate` asks for the language first, and then goes from segment to
@@ -192,12 +194,15 @@ class Generation:
         valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)
         self.valid = torch.ones(1, self.seen + tokens, dtype=torch.bool) if valid is None else valid
 
-    def window(self, tokens: int) -> tuple[int, int] | None:
+    def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         """Where in the sequence the tokens of the next forward lie: first column and last + 1.
 
         None if the whole prompt has been processed before. Columns decide, not whether a cache is empty, so a prompt
         that comes in chunks, or partly from a cache, is edited at the same tokens as one that comes whole.
         """
+        tokens = given_tokens(arguments) or 0
+        if self.is_decoder:
+            self._begin(arguments)
         if self.valid is None:
             self.valid = torch.ones(1, tokens, dtype=torch.bool)
         prompt = self.valid.shape[1]

@@ -137,9 +137,7 @@ class Plan:
     def __post_init__(self) -> None:
         # Before the call goes on: blocks add to the cache.
         if self.generation is not None:
-            if self.role.kind == "decoder":
-                self.generation.begin(self.arguments)
-            self._window = self.generation.window(given_tokens(self.arguments) or 0)
+            self._window = self.generation.window(self.arguments)
         elif self.continues:
             past = cached_tokens(find_cache(self.arguments))
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
