@@ -67,17 +67,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, f"reft_{unit}")
         }
 
+    @property
+    def adapters_in_use(self) -> list[str]:
+        """The names of the active adapters that this layer has, none if adapters are disabled."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.positions]
+
     def is_used_by(self, plan: Plan | None) -> bool:
         """Whether a call has adapters to run here; one whose plan is not known has the active ones."""
-        mixed = None if plan is None else plan.mixed_batch
-        names = self.active_adapters if mixed is None else mixed.names
-        return not self.disable_adapters and any(name in self.positions for name in names)
+        if plan is None or plan.mixed_batch is None:
+            return bool(self.adapters_in_use)
+        return not self.disable_adapters and any(name in self.positions for name in plan.mixed_batch.names)
 
     def edits(self, plan: Plan) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
         """The choices of positions that are edited in a call, one after the other, each with its units by name."""
-        names = [name for name in self.active_adapters if name in self.positions]
         if plan.mixed_batch is None:
-            yield from ((self.positions[name], self.units(name)) for name in names)
+            yield from ((self.positions[name], self.units(name)) for name in self.adapters_in_use)
         else:
             yield plan.mixed_batch.edits(self, self.positions, {name: self.units(name) for name in self.positions})
 
