@@ -21,23 +21,52 @@ def run(folder, script, *options):
     return process.stdout + process.stderr
 
 
+COMMON = ["--dtype", "float32", "--max_steps", 2, "--use_cpu", "--bf16", "false", "--report_to", "none"]
+REFT = ["--reft_r", 2, "--reft_positions", "f1+l2", "--reft_share_weights", "--reft_layers", 0, -1]
+
+
+def saved_config(folder):
+    assert (folder / "adapter_model.safetensors").exists()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {name: config[name] for name in ("r", "positions", "share_weights", "layers_to_transform")}
+
+
+EXPECTED_CONFIG = {"r": 2, "positions": "f1+l2", "share_weights": True, "layers_to_transform": [0, -1]}
+
+
 def test_sft(tmp_path, base, chats, pairs):
     pairs.to_json(tmp_path / "pairs.jsonl")
-    common = ["--model_name_or_path", base, "--dtype", "float32", "--max_steps", 2, "--use_cpu", "--bf16", "false"]
-    common += ["--report_to", "none", "--per_device_train_batch_size", 2]
-    reft = ["--reft_r", 2, "--reft_positions", "f1+l2", "--reft_share_weights", "--reft_layers", 0, -1]
-    output = run(tmp_path, "sft.py", *common, *reft, "--dataset_name", "pairs.jsonl", "--output_dir", "out")
+    common = ["--model_name_or_path", base, *COMMON, "--per_device_train_batch_size", 2]
+    output = run(tmp_path, "sft.py", *common, *REFT, "--dataset_name", "pairs.jsonl", "--output_dir", "out")
     assert "trainable params: 260 ||" in output  # two layers, one unit of 2 * 2 * 32 + 2
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert {name: config[name] for name in ("r", "positions", "share_weights", "layers_to_transform")} == {
-        "r": 2,
-        "positions": "f1+l2",
-        "share_weights": True,
-        "layers_to_transform": [0, -1],
-    }
+    assert saved_config(tmp_path / "out") == EXPECTED_CONFIG
     chats.to_json(tmp_path / "chats.jsonl")
     run(tmp_path, "sft.py", *common, "--dataset_name", "chats.jsonl", "--assistant_only_loss", "--output_dir", "chat")
     assert (tmp_path / "chat" / "adapter_model.safetensors").exists()
+
+
+def test_dpo(tmp_path, base, pairs):
+    rows = pairs.map(lambda row: {"chosen": row["completion"], "rejected": " red dog"}, remove_columns="completion")
+    rows.to_json(tmp_path / "preferences.jsonl")
+    common = ["--model_name_or_path", base, *COMMON, *REFT, "--per_device_train_batch_size", 2]
+    output = run(tmp_path, "dpo.py", *common, "--dataset_name", "preferences.jsonl", "--output_dir", "out")
+    assert "trainable params: 260 ||" in output and "rewards/margins" in output
+    assert saved_config(tmp_path / "out") == EXPECTED_CONFIG
+
+
+def test_grpo(tmp_path, base, pairs):
+    prompts = [{"prompt": [{"role": "user", "content": text}]} for text in pairs["prompt"]]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(completions, **kwargs):\n    return [-len(turns[0]['content']) for turns in completions]\n"
+    )
+    common = ["--model_name_or_path", base, *COMMON, *REFT, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    common += ["--num_generations", 4, "--max_completion_length", 5, "--dataset_name", "prompts.jsonl"]
+    rewards = ["--reward_funcs", "my_rewards.brevity", "think_format_reward"]
+    output = run(tmp_path, "grpo.py", *common, *rewards, "--output_dir", "out")
+    assert "trainable params: 260 ||" in output
+    assert "rewards/brevity/mean" in output and "rewards/think_format_reward/mean" in output
+    assert saved_config(tmp_path / "out") == EXPECTED_CONFIG
 
 
 def test_demo(tmp_path, base):

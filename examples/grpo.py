@@ -1,0 +1,122 @@
+"""Reinforcement learning with ReFT: TRL's own scripts/grpo.py, with ReFT in place of LoRA.
+
+Any causal LM, any data set with a column `prompt`, and rewards: functions of `trl.rewards` (`accuracy_reward` needs
+the package math-verify), or your own by import path:
+
+    python examples/grpo.py \\
+        --model_name_or_path Qwen/Qwen3-0.6B \\
+        --dataset_name trl-lib/DeepMath-103K --reward_funcs accuracy_reward \\
+        --reft_r 8 --reft_positions f7+l7 \\
+        --learning_rate 5e-4 --max_steps 500 --per_device_train_batch_size 8 --num_generations 8 \\
+        --max_completion_length 512 --output_dir Qwen3-0.6B-ReFT-GRPO --push_to_hub
+
+Completions are sampled by transformers with the adapter in place. vLLM knows no ReFT adapters: leave `--use_vllm` off.
+"""
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+
+from peft_reft import ReftConfig
+
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class RewardArguments:
+    """What is rewarded."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy_reward"],
+        metadata={"help": "Functions of trl.rewards, or import paths of your own such as my_rewards.brevity."},
+    )
+
+
+@dataclass
+class ReftArguments:
+    """What to edit, and where. The same fields as ReftConfig's, with `reft_` before them."""
+
+    reft_intervention: str = field(
+        default="loreft", metadata={"help": "loreft, noreft, direft, direft_orthogonal, consreft or lobireft."}
+    )
+    reft_r: int = field(default=8, metadata={"help": "Rank of each edit."})
+    reft_positions: str = field(
+        default="f7+l7", metadata={"help": "Tokens to edit: such as f7+l7, f1, l3, prompt or all."}
+    )
+    reft_share_weights: bool = field(
+        default=False, metadata={"help": "Use one edit for the first and the last tokens, instead of one for each."}
+    )
+    reft_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the blocks to edit, negative ones from the end; all by default."}
+    )
+    reft_dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited hidden states."})
+
+    def peft_config(self):
+        return ReftConfig(
+            task_type="CAUSAL_LM",
+            intervention=self.reft_intervention,
+            r=self.reft_r,
+            positions=self.reft_positions,
+            share_weights=self.reft_share_weights,
+            layers_to_transform=self.reft_layers,
+            dropout=self.reft_dropout,
+        )
+
+
+def load_data(script_args):
+    if script_args.dataset_name is None:
+        raise ValueError("Name the data with --dataset_name: a Hub id, a folder, or a file.")
+    if Path(script_args.dataset_name).is_file():
+        builder = FILE_TYPES[Path(script_args.dataset_name).suffix]
+        return load_dataset(builder, data_files=script_args.dataset_name, streaming=script_args.dataset_streaming)
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+def load_reward(name):
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module or "trl.rewards"), function)
+
+
+def main(script_args, training_args, model_args, reward_args, reft_args):
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    dataset = load_data(script_args)
+    eval_dataset = dataset.get(script_args.dataset_test_split)
+    sys.path.insert(0, os.getcwd())  # where rewards of your own may lie
+
+    trainer = GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=[load_reward(name) for name in reward_args.reward_funcs],
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=reft_args.peft_config(),
+    )
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Adapter saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        if trainer.accelerator.is_main_process:
+            trainer.model.push_to_hub(trainer.hub_model_id)  # adds to TRL's card how the adapter is loaded
+        trainer.accelerator.print(f"Adapter pushed to https://huggingface.co/{trainer.hub_model_id}")
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, RewardArguments, ReftArguments))
+    main(*parser.parse_args_and_config(fail_with_unknown_args=True))
