@@ -236,12 +236,12 @@ class Plan:
             # what the cache holds is no answer
             labels = torch.nn.functional.pad(labels, (past, 0), value=IGNORED_LABEL)
             spans = before_labels(valid, sequences, labels, positions, packed)
-            _remember_labelled(arguments.get("input_ids"), self.training)
+            self._note_labels()
         else:
             if positions.need_end and self.continues:
                 if self.training:
                     raise ValueError(self._no_end(positions))
-                if self.role.kind == "causal" and _were_labelled(arguments.get("input_ids")):
+                if self.role.kind == "causal" and self._had_labels():
                     raise ValueError(self._labels_withheld(positions))
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
@@ -295,6 +295,19 @@ class Plan:
             f"{USE_COLLATOR}. Without training (model.eval()) the whole input is taken for the prompt."
         )
 
+    def _note_labels(self) -> None:
+        """Keep in mind, outside of training, which ids came with labels in this thread's last such call."""
+        ids = self.arguments.get("input_ids")
+        if ids is not None and not self.training and not torch.compiler.is_compiling():
+            _local.labelled = (weakref.ref(ids), self.role.family)
+
+    def _had_labels(self) -> bool:
+        """Whether these very ids came with labels in the last call of this model that had any."""
+        if torch.compiler.is_compiling():
+            return False
+        ids, family = getattr(_local, "labelled", (lambda: None, None))
+        return ids() is not None and ids() is self.arguments.get("input_ids") and family is self.role.family
+
     def _labels_withheld(self, positions: AnyPositions) -> str:
         return (
             "The model was given the same input_ids twice, with labels and then without, but "
@@ -303,18 +316,6 @@ class Plan:
             "a trainer that does so for compute_metrics, have the data collator add the lengths: "
             f"{USE_COLLATOR}."
         )
-
-
-def _remember_labelled(input_ids: torch.Tensor | None, training: bool) -> None:
-    """Keep in mind, outside of training, which ids came with labels in this thread's last such call."""
-    if not training and not torch.compiler.is_compiling():
-        _local.labelled = None if input_ids is None else weakref.ref(input_ids)
-
-
-def _were_labelled(input_ids: torch.Tensor | None) -> bool:
-    """Whether these very ids came with labels in this thread's last call that had any."""
-    labelled = None if torch.compiler.is_compiling() else getattr(_local, "labelled", None)
-    return labelled is not None and input_ids is not None and labelled() is input_ids
 
 
 def _after(spans: Spans, past: int) -> Spans:

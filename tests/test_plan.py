@@ -153,6 +153,7 @@ def test_labels_that_are_withheld_from_a_second_call(adapt, ids):
     assert_edits(adapted, columns, input_ids=ids, prompt_lengths=torch.tensor([5, 8]))
     whole = {"prefix": [[0, 1], [0, 1]], "suffix": [[10, 11], [10, 11]]}
     assert_edits(adapted, whole, input_ids=ids.clone())
+    assert_edits(adapt(positions="f2+l2"), whole, input_ids=ids)  # another model
     assert generated(model, ids).shape[1] > 12  # a prompt that is generated from is whole
     model.base_model.disable_adapter_layers()
     model(input_ids=ids)
