@@ -174,8 +174,10 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     own = [p for name, p in module.named_parameters() if not name.startswith(f"{LAYER}.")]
     dtypes = [p.dtype for p in own if p.is_floating_point()] if cast else []
     devices = [p.device for p in own]
-    if hasattr(module, "_hf_hook"):  # accelerate's: offloaded parameters lie on meta until the module is called
-        devices.insert(0, getattr(module._hf_hook, "execution_device", None) or torch.device("cpu"))
+    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
+    if hooks:  # accelerate's: offloaded parameters lie on meta until the module, or its part, is called
+        executing = (getattr(hook, "execution_device", None) for hook in hooks)
+        devices.insert(0, next((device for device in executing if device is not None), torch.device("cpu")))
     for unit in layer.units(adapter_name).values():
         if devices and not unit.b.is_meta:
             unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)

@@ -4,7 +4,7 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftModel
@@ -49,16 +49,36 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     return method(model, folder, *args, **kwargs)
 
 
-def load_or_take_back(method: Callable[..., Any], model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit."""
+def load_or_take_back(
+    method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit.
+
+    Raises:
+        ValueError: if the adapter cannot be loaded into a model whose parts lie where they do.
+    """
     before = set(model.peft_config)
+    refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
     try:
-        return method(model, *args, **kwargs)
+        return method(model, model_id, adapter_name, *args, **kwargs)
     except Exception:
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == REFT:
                 model.delete_adapter(name)
         raise
+
+
+def refuse_disk(model: Any, names: Iterable[str]) -> None:
+    """Raise a ValueError if a ReFT adapter is to be loaded into a model that has been put on disk in part.
+
+    Neither PEFT nor transformers writes its tensors there, from where they would be read when the model is called.
+    """
+    is_reft = any(model.peft_config[name].peft_type == REFT for name in names)
+    if is_reft and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise ValueError(
+            "A ReFT adapter cannot be loaded into a model that is offloaded to disk in part (hf_device_map). Load the "
+            "base model on the CPU and the adapter into it, and place both with accelerate.dispatch_model."
+        )
 
 
 def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,11 +90,17 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     before = set(getattr(model, "peft_config", {}))
     info = method(model, *args, **kwargs)
     added = [name for name in model.peft_config if name not in before]
+    if not any(model.peft_config[name].peft_type == REFT for name in added):
+        return info
     problems = [f"{key} is missing" for key in info.missing_keys if ".reft_" in key]
     problems += [f"{key} has no place" for key in info.unexpected_keys if ".reft_" in key]
-    if problems and any(model.peft_config[name].peft_type == REFT for name in added):
+    try:
+        refuse_disk(model, added)
+        if problems:
+            raise misfit(added[0], problems)
+    except ValueError:
         model.delete_adapter(added)
-        raise misfit(added[0], problems)
+        raise
     return info
 
 

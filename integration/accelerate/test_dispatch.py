@@ -1,0 +1,135 @@
+"""Models whose parts accelerate places: on the CPU, offloaded to it from an executing device, or on disk."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from by_hand import GREEDY, MASK, VOCABULARY, ByHand, labels_of, make_llama
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_reft import ReftConfig
+
+COLUMNS = {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]}
+PLACES = {"": "cpu"}
+SPREAD = {  # a part of the blocks with their adapters on disk
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "lm_head": "disk",
+}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
+
+
+def config(**options):
+    return ReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", "init_weights": False} | options)
+
+
+def place(model, how, folder):
+    if how == "one device":
+        return dispatch_model(model, device_map=PLACES, force_hooks=True)
+    if how == "spread":
+        return dispatch_model(model, device_map=SPREAD, main_device="cpu", offload_dir=folder, force_hooks=True)
+    if how == "offloaded to the CPU":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, folder, execution_device=torch.device("cpu"))
+    return model
+
+
+WAYS = ["one device", "spread", "offloaded to the CPU", "offloaded to disk"]
+
+
+def assert_edited(model, by_hand, ids):
+    expected = by_hand.logits(COLUMNS, input_ids=ids, attention_mask=MASK)
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=MASK).logits
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1, 4:], expected[1, 4:], atol=1e-5, rtol=1e-5)
+    tokens = model.generate(ids, attention_mask=MASK, **GREEDY)
+    assert torch.equal(tokens, by_hand.generate(COLUMNS, ids, MASK))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_placed_after_the_adapter_was_added(ids, tmp_path, how):
+    base = make_llama()
+    model = get_peft_model(copy.deepcopy(base), config()).eval()
+    by_hand = ByHand(base, copy.deepcopy(model))
+    place(model.get_base_model(), how, str(tmp_path))
+    adapter = model.get_base_model().model.layers[0].reft.reft_prefix["default"].R
+    assert adapter.is_meta == (how != "one device")  # offloaded, like the block that it belongs to
+    assert_edited(model, by_hand, ids)
+
+    second = get_peft_model(copy.deepcopy(base), config()).eval()
+    second.save_pretrained(tmp_path / "second")
+    model.load_adapter(tmp_path / "second", "second")
+    model.set_adapter("second")
+    assert_edited(model, ByHand(base, second), ids)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_adapter_added_to_a_placed_model(ids, tmp_path, how):
+    """The adapter lies where its block executes, and is trained there."""
+    base = make_llama()
+    placed = place(copy.deepcopy(base), how, str(tmp_path))
+    model = get_peft_model(placed, config()).eval()
+    assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
+    by_hand = ByHand(base, model)
+    assert_edited(model, by_hand, ids)
+    labels = labels_of(ids, [(5, 12)], [(8, 12)])
+    model.train()(input_ids=ids, attention_mask=MASK, labels=labels).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    plain = get_peft_model(copy.deepcopy(base), config())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(model.get_parameter(name))
+    plain.train()(input_ids=ids, attention_mask=MASK, labels=labels).loss.backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["PeftModel", "load_adapter"])
+def test_adapter_loaded_into_a_model_on_disk(ids, tmp_path, by):
+    """Upstream would leave its tensors at what they were drawn as; what the error says works."""
+    base = make_llama()
+    base.save_pretrained(tmp_path / "base")
+    saved = get_peft_model(copy.deepcopy(base), config()).eval()
+    saved.save_pretrained(tmp_path / "adapter")
+    folders = dict(offload_folder=str(tmp_path / "offloaded"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=SPREAD, **folders).eval()
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    with pytest.raises(ValueError, match="offloaded to disk.*accelerate.dispatch_model"):
+        if by == "PeftModel":
+            places = {f"base_model.model.{name}": place for name, place in SPREAD.items()}
+            PeftModel.from_pretrained(model, tmp_path / "adapter", device_map=places, **folders)
+        else:
+            model.load_adapter(str(tmp_path / "adapter"))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    place(model.get_base_model(), "spread", str(tmp_path / "placed"))
+    assert_edited(model.eval(), ByHand(base, saved), ids)
+
+
+@pytest.mark.parametrize("by", ["PeftModel", "load_adapter"])
+def test_adapter_loaded_into_a_placed_model(ids, tmp_path, by):
+    base = make_llama()
+    base.save_pretrained(tmp_path / "base")
+    saved = get_peft_model(copy.deepcopy(base), config()).eval()
+    saved.save_pretrained(tmp_path / "adapter")
+    places = dict.fromkeys(SPREAD, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=places).eval()
+    if by == "PeftModel":
+        model = PeftModel.from_pretrained(model, tmp_path / "adapter", device_map=PLACES)
+    else:
+        model.load_adapter(str(tmp_path / "adapter"))
+    assert_edited(model.eval(), ByHand(base, saved), ids)
