@@ -134,12 +134,12 @@ class Generation:
             generation.valid = _drafts[cache]  # what was generated since is no prompt
         elif kwargs.get("attention_mask") is not None:
             generation.valid = kwargs["attention_mask"].bool()
-        elif kwargs.get("inputs_embeds") is not None:
-            generation.valid = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.bool)
-        elif generation.input_ids is not None:
+        elif generation.input_ids is not None:  # beside embeddings, too
             pad, eos = _option(configs, "pad_token_id"), _option(configs, "eos_token_id")
             is_told = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])  # as generate decides
             generation.valid = generation.input_ids != (pad if is_told else -1)
+        elif kwargs.get("inputs_embeds") is not None:
+            generation.valid = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.bool)
         return generation
 
     def is_of(self, arguments: Mapping[str, Any]) -> bool:

@@ -87,11 +87,31 @@ def test_generate_from_embeddings(adapt, ids):
     assert torch.equal(tokens, by_hand.generate(GENERATED["f2+l2"], ids, MASK)[:, 12:])
 
 
-@pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=3, num_return_sequences=2)])
+def test_padding_of_ids_beside_embeddings(adapt, ids):
+    """Without a mask, generate reads it off the ids though the model is given the embeddings."""
+    model, by_hand = adapt(positions="f2+l2")
+    ids = ids.masked_fill(MASK == 0, 0)
+    embeds = by_hand.base.get_input_embeddings()(ids)
+    tokens = model.generate(ids, inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(tokens, by_hand.generate(GENERATED["f2+l2"], ids, MASK))
+
+
+def test_embeddings_that_are_partly_cached(adapt, ids):
+    model, by_hand = adapt(positions="f2+l2")
+    cache = DynamicCache(config=model.config)
+    embeds = by_hand.base.get_input_embeddings()(ids[:1])
+    with torch.no_grad():
+        model(inputs_embeds=embeds[:, :7], use_cache=True, **{CACHE: cache})
+    tokens = model.generate(inputs_embeds=embeds, **{CACHE: cache}, **GREEDY)
+    expected = by_hand.generate({"prefix": [[0, 1]], "suffix": [[5, 6, 10, 11]]}, ids[:1])
+    assert torch.equal(tokens, expected[:, 12:])
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=4), dict(num_beams=4, num_return_sequences=2)])
 def test_beams(adapt, ids, options):
     """Beam search over the model by hand, which edits the same columns of every beam."""
     model, by_hand = adapt(positions="f2+l2")
-    beams = {unit: [row for row in rows for _ in range(3)] for unit, rows in GENERATED["f2+l2"].items()}
+    beams = {unit: [row for row in rows for _ in range(4)] for unit, rows in GENERATED["f2+l2"].items()}
     options = options | dict(return_dict_in_generate=True, output_scores=True)
     with by_hand.edits(beams):
         expected = generated(by_hand.base, ids, use_cache=False, **options)
