@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from by_hand import TWO, assert_edits, generated, labels_of
+from by_hand import MASK, TWO, assert_edits, generated, labels_of
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
@@ -262,6 +262,18 @@ def test_compiled_in_one_graph_for_all_prompts(adapt, ids, positions):
         inputs = dict(input_ids=ids, labels=labels_of(ids, *answers))
         assert compiled(**inputs).loss == model(**inputs).loss
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_exported(adapt, ids):
+    """The program finds the prompts of other masks than those that it was exported with."""
+    model, by_hand = adapt(positions="f2+l2")
+    inputs = dict(input_ids=ids, attention_mask=MASK, use_cache=False)
+    program = torch.export.export(model.get_base_model(), (), inputs).module()
+    other = dict(input_ids=ids.flip(0), attention_mask=MASK.flip(0), use_cache=False)
+    columns = {"prefix": [[4, 5], [0, 1]], "suffix": [[10, 11], [10, 11]]}
+    expected, seen = by_hand.logits(columns, **other), MASK.flip(0).bool()
+    torch.testing.assert_close(program(**other).logits[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
 def test_plan_is_recalled_with_certainty_or_not_at_all():
