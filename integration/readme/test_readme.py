@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from by_hand import make_llama
 
 README = Path(__file__).parents[2] / "README.md"
@@ -23,7 +25,7 @@ def python_blocks():
 
 
 def test_every_python_block_is_run():
-    assert len(python_blocks()) == 3
+    assert len(python_blocks()) == 4
 
 
 def test_first_snippet(folder, chats):
@@ -47,6 +49,13 @@ def test_use_snippet(folder, capsys):
     }
     exec(python_blocks()[2], names)
     assert names["tokens"].shape[0] == 3
+
+
+def test_data_collator_snippet():
+    batch = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([[-100, 1, 2, 3], [-100, -100, 6, 7]])}
+    trainer = SimpleNamespace(data_collator=lambda features: dict(batch))
+    exec(python_blocks()[3], {"trainer": trainer})
+    assert trainer.data_collator([])["prompt_lengths"].tolist() == [1, 2]
 
 
 SECTION_7 = """
