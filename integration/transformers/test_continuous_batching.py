@@ -122,6 +122,31 @@ def test_entry_points(adapt, prompts):
 
 
 @pytest.mark.parametrize("adapt", ["get_peft_model"], indirect=True)
+@pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
+def test_requests_added_to_a_running_manager(adapt, prompts, attention):
+    """As a server does it, one after the other; the model generates as before when the manager has stopped."""
+    model, by_hand = adapt()
+    model.get_base_model().set_attn_implementation(attention)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    manager = model.init_continuous_batching(config, ContinuousBatchingConfig(**SMALL))
+    manager.start()
+    try:
+        names = [manager.add_request(prompt, streaming=True) for prompt in prompts]
+        found = {}
+        while not all(name in found and found[name].is_finished() for name in names):
+            output = manager.get_result(timeout=60)
+            assert output is not None and output.error is None
+            found[output.request_id] = output
+    finally:
+        manager.stop()
+    expected = alone(by_hand, prompts, COLUMNS["f2+l2"])
+    assert [found[name].generated_tokens for name in names] == expected
+    model.get_base_model().set_attn_implementation("sdpa")
+    tokens = model.generate(torch.tensor(prompts[:1]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert tokens[0, 12:].tolist() == expected[0]
+
+
+@pytest.mark.parametrize("adapt", ["get_peft_model"], indirect=True)
 def test_generate_with_a_paged_cache(adapt, ids):
     model, by_hand = adapt()
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -287,6 +287,17 @@ def test_quantized_cache(adapt, ids):
     assert_same_tokens(model, by_hand, first_row(COLUMNS), ids[:1], **options)
 
 
+@PLAIN
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads a cache from a GPU alone")
+def test_offloaded_cache(adapt, ids, cache):
+    model, by_hand = adapt()
+    expected = by_hand.generate(COLUMNS, ids, MASK)
+    given = dict(input_ids=ids.to("cuda"), attention_mask=MASK.to("cuda"))
+    tokens = model.to("cuda").generate(**given, cache_implementation=cache, **GREEDY)
+    assert torch.equal(tokens.cpu(), expected)
+
+
 # Ways of one's own
 
 
