@@ -64,10 +64,12 @@ def test_policy_and_reference(tmp_path, tokenizer, questions, kind, options):
         assert_equal_tensors(kept, start, atol=0)
 
 
+@pytest.mark.parametrize("continuous", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_samples_are_those_of_the_edited_model(tmp_path, tokenizer, questions, kind):
+def test_samples_are_those_of_the_edited_model(tmp_path, tokenizer, questions, kind, continuous):
     """With top_k=1, what the trainer samples is what greedy decoding by hand gives for each prompt alone."""
-    trainer = make(kind, tmp_path, questions, tokenizer, top_k=1, max_steps=1)
+    options = dict(top_k=1, use_transformers_continuous_batching=continuous)
+    trainer = make(kind, tmp_path, questions, tokenizer, max_steps=1, **options)
     by_hand, plain, compared = ByHand(make_llama(2), trainer.model), make_llama(2), 0
     batch = next(iter(trainer.get_train_dataloader()))
     sampled = trainer._generate_and_score_completions(batch)

@@ -2,6 +2,7 @@
 
 import torch
 from by_hand import ByHand
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -114,9 +115,9 @@ def mean_loss(logits, sequences):
 
 
 def adapter_in_use(model):
-    """The adapter that edits now, None for the base model."""
-    layers = [module for module in model.modules() if type(module).__name__ == "ReftLayer"]
-    (names,) = {tuple(layer.adapters_in_use) for layer in layers}
+    """The adapter that PEFT has switched on, None for the base model."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    (names,) = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
     return names[0] if names else None
 
 
