@@ -172,6 +172,16 @@ def text_config(module: nn.Module) -> Any:
     return module.config.get_text_config() if isinstance(module, PreTrainedModel) else getattr(module, "config", None)
 
 
+def lies_between(model: nn.Module, name: str) -> bool:
+    """Whether a module is part of an encoder-decoder model, but of neither its encoder nor its decoder."""
+    names = name.split(".")
+    owners = (model.get_submodule(".".join(names[:n])) for n in range(len(names) - 1, -1, -1))
+    nearest = next((owner for owner in owners if isinstance(owner, PreTrainedModel)), None)
+    if nearest is None or not nearest.config.is_encoder_decoder:
+        return False
+    return nearest.get_encoder() is not nearest and nearest.get_decoder() is not nearest
+
+
 def norm_width(module: nn.Module) -> int | None:
     """The width of a norm; None for another module."""
     weight = getattr(module, "weight", None)
@@ -192,6 +202,8 @@ def output_width(model: nn.Module, name: str) -> int:
         problem = "is a whole model"
     elif isinstance(model, PreTrainedModel) and module is model.get_output_embeddings():
         problem = "puts out logits"
+    elif lies_between(model, name):
+        problem = "lies in neither the encoder nor the decoder, each of which has tokens of its own"
     elif next(module.parameters(), None) is None:
         problem = "has no weights, so the width of its output is not known"
     if problem is None:

@@ -12,8 +12,12 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     DataCollatorForSeq2Seq,
+    GPT2Config,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
 )
 
 ENCODER_MASK = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
@@ -277,3 +281,44 @@ def test_trainer(tmp_path, ids, tokenizer, blocks):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.7 * before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_encoder_and_decoder_share_is_refused(family):
+    with pytest.raises(ValueError, match="shared' cannot be adapted: it lies in neither the encoder nor the decoder"):
+        adapt(make(family), target_modules=["shared"])
+
+
+def make_captioner():
+    """A vision transformer and GPT-2, of different widths."""
+    torch.manual_seed(0)
+    shape = dict(num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4, initializer_range=0.3)
+    vision = ViTConfig(hidden_size=16, intermediate_size=32, **shape)
+    quiet = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    special = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0, decoder_start_token_id=1)
+    shape = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, initializer_range=0.3)
+    text = GPT2Config(add_cross_attention=True, is_decoder=True, **shape, **quiet, **special)
+    model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(encoder=vision.to_dict(), decoder=text.to_dict()))
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, None
+    return model.eval()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_models_that_are_put_together(ids, part):
+    """An encoder of images and a decoder of text, each of a class that is used alone, too."""
+    blocks = r"decoder\.transformer\.h\.\d+" if part == "decoder" else None
+    model, by_hand = adapt(make_captioner(), target_modules=blocks, task_type=None)
+    assert all(block.startswith(part) for block in by_hand.tensors)
+    image = {"prefix": [[0, 1]] * 2, "suffix": [[15, 16]] * 2}
+    labels = ids[:, :8].clone()
+    labels[1, :3] = -100
+    inputs = dict(pixel_values=torch.randn(2, 3, 16, 16), decoder_input_ids=ids[:, 3:11])
+    expected = by_hand.logits(TOLD["f2+l2"] if part == "decoder" else image, **inputs)
+    for told in (dict(labels=labels), dict(prompt_lengths=torch.tensor([1, 4]))):
+        with torch.no_grad():
+            assert_close(model.train()(**inputs, **told).logits, expected)
+    inputs["decoder_input_ids"] = torch.cat([torch.ones(2, 1, dtype=torch.long), ids[:, :3]], dim=1)
+    columns = {"prefix": [[0, 1]] * 2, "suffix": [[2, 3]] * 2} if part == "decoder" else image
+    assert_generates(model.eval(), by_hand, columns, **inputs)
+    assert_generates(model, by_hand, columns, **inputs, use_cache=False)
