@@ -207,7 +207,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             # Encoder and decoder have sequences of their own; what is told of them is told to the model around them.
             callers.setdefault(around[0], ("whole", False))
             decoder, generates = outermost.get_decoder(), generates or kind_of(nearest) == "decoder"
-            is_decoder = decoder is not outermost and nearest in set(decoder.modules())
+            is_decoder = nearest in set(decoder.modules())
             kind = "whole" if plans.reads_text(nearest) else "signal"
             callers[around[-1]] = ("decoder" if is_decoder and generates else kind, nearest is not outermost)
             continue

@@ -400,7 +400,7 @@ def test_answer_after_a_cached_prompt(adapt, ids):
     """Labels tell the answer from the prompt that the cache holds: it is not edited, in eval and in training."""
     model, by_hand = adapt(positions="f2+l2")
     expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[6, 7]] * 2}, input_ids=ids)[:, 8:]
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             mode(input_ids=ids[:, :8], prompt_lengths=torch.tensor([8, 8]), use_cache=True, **{CACHE: cache})

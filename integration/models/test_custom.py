@@ -70,7 +70,7 @@ def test_without_a_task(ids):
     model, by_hand = adapt(Custom())
     inputs = dict(input_ids=ids, attention_mask=MASK)
     whole, prompts = (expected_of(by_hand, columns, **inputs) for columns in (WHOLE, PROMPTS))
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         assert_close(mode(**inputs), whole)
         assert_close(mode(**inputs, labels=labels_of(ids, *TWO["answers"]))[1], whole)
         assert_close(mode(**inputs, prompt_lengths=torch.tensor([5, 8])), prompts)
@@ -81,7 +81,7 @@ def test_with_a_task(ids):
     model, by_hand = adapt(Custom(), task_type="CAUSAL_LM")
     inputs = dict(input_ids=ids, attention_mask=MASK)
     whole, prompts = (expected_of(by_hand, columns, **inputs) for columns in (WHOLE, PROMPTS))
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         assert_close(mode(**inputs, labels=labels_of(ids, [(5, 12)], [(8, 9)]))[1], prompts)
         assert_close(mode(**inputs, prompt_lengths=torch.tensor([5, 8])), prompts)
     assert_close(model.eval()(**inputs), whole)
@@ -162,7 +162,7 @@ def test_model_of_transformers_inside_another(tmp_path, ids):
     model, by_hand = adapt_model(base, task_type=None, **options)
     inputs = dict(input_ids=ids, attention_mask=MASK)
     expected = expected_of(by_hand, WHOLE, **inputs)
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         torch.testing.assert_close(mode(**inputs), expected, atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(Wrapper(), tmp_path).eval()

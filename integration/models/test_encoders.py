@@ -113,7 +113,7 @@ def test_tasks(ids, family, task, padding):
         expected = outputs(base, **inputs)
     assert (expected[0] - outputs(base, **inputs)[0]).abs().max() > 1e-3, "the edit is too small to be seen"
     mask = None if task == "several labels" else mask
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         assert_close(outputs(mode, **inputs), expected, mask)
         assert_close(outputs(mode, **inputs, **labels), expected, mask)
     loss = model(**inputs, **labels)
@@ -147,7 +147,7 @@ def test_causal_models_as_classifiers(ids, family, padding):
         expected = outputs(base, **inputs)
     # an edit of the last block at another token would not reach the head
     assert (expected[0] - outputs(base, **inputs)[0]).abs().amin(0).max() > 1e-2
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         assert_close(outputs(mode, **inputs, labels=torch.tensor([0, 1])), expected)
 
 

@@ -62,7 +62,7 @@ def test_encoder_of_whisper(ids, positions):
     expected = by_hand.logits(columns, **inputs)
     assert (expected - by_hand.base(**inputs).logits).abs().max() > 1e-2
     mask = torch.tensor([[1] * 40, [1] * 12 + [0] * 28])
-    for mode in (model.train(), model.eval()):
+    for mode in map(model.train, (True, False)):
         with torch.no_grad():
             assert_close(mode(**inputs).logits, expected)
             assert_close(mode(**inputs, attention_mask=mask).logits, expected)
@@ -105,11 +105,19 @@ def test_decoder_of_whisper_in_generation(way):
     torch.manual_seed(4)
     with by_hand.edits({"unit": [[0, 1]]}):
         expected = by_hand.base.generate(**inputs, **WAYS[way] | dict(use_cache=False))
-    for mode in (model.eval(), model.train()):
+    for mode in map(model.train, (False, True)):
         torch.manual_seed(4)
         assert torch.equal(mode.generate(**inputs, **WAYS[way]), expected)
     torch.manual_seed(4)
     assert by_hand.base.generate(**inputs, **WAYS[way]).tolist() != expected.tolist()
+
+
+def test_segments_in_training_mode():
+    """Positions that need the prompt's end find it in each segment, whatever the mode."""
+    model, _ = adapt_model(make_whisper(), task_type=None, positions="l1", target_modules=DECODER_BLOCKS)
+    inputs = dict(input_features=sound(110, 1), max_new_tokens=8, **LONG)
+    tokens = [mode.generate(**inputs).tolist() for mode in map(model.train, (False, True))]
+    assert tokens[0] == tokens[1]
 
 
 def test_audio_classifier_of_whisper():
@@ -120,7 +128,7 @@ def test_audio_classifier_of_whisper():
     inputs = dict(input_features=sound())
     expected = by_hand.logits({"unit": [[18, 19]] * 2}, **inputs)
     assert (expected - base(**inputs).logits).abs().max() > 1e-3
-    for mode in (model.train(), model.eval()):
+    for mode in map(model.train, (True, False)):
         with torch.no_grad():
             assert_close(mode(**inputs, labels=torch.tensor([0, 1])).logits, expected)
 
@@ -146,7 +154,7 @@ def test_mask_of_samples(attention):
     model, by_hand = adapt_model(base, task_type=None, positions="f2+l2", layers_pattern="encoder.layers")
     expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[10, 11], [3, 4]]}, **inputs)
     assert (expected - base(**inputs).logits).abs().amax(1).min() > 1e-3
-    for mode in (model.train(), model.eval()):
+    for mode in map(model.train, (True, False)):
         with torch.no_grad():
             assert_close(mode(**inputs, labels=torch.tensor([0, 1])).logits, expected)
 
