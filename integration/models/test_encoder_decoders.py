@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from by_hand import adapt_model
+from by_hand import CACHE, adapt_model
 from peft import AutoPeftModelForSeq2SeqLM
 from transformers import (
     AutoConfig,
@@ -12,6 +12,8 @@ from transformers import (
     BartConfig,
     BartForSequenceClassification,
     DataCollatorForSeq2Seq,
+    DynamicCache,
+    EncoderDecoderCache,
     GPT2Config,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -196,6 +198,24 @@ def test_decoder_that_drafts(ids):
     with by_hand.edits({"unit": [[0]]}):
         expected = base.generate(**inputs, **GREEDY, use_cache=False).sequences
     assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant).sequences, expected)
+
+
+def test_decoder_prompt_that_is_partly_cached(ids):
+    """What the cache holds is edited as it was; the prompt of the call is all of it."""
+    base = make("t5")
+    model, by_hand = adapt(base, positions="l2", target_modules=DECODER_BLOCKS)
+    prompt = torch.cat([torch.zeros(1, 1, dtype=torch.long), ids[:1, :4]], dim=1)
+    with torch.no_grad():
+        encoded = base.get_encoder()(input_ids=ids[:1])
+        cache = EncoderDecoderCache(DynamicCache(config=base.config), DynamicCache(config=base.config))
+        told = dict(prompt_lengths=torch.tensor([3]), use_cache=True, **{CACHE: cache})
+        model(encoder_outputs=encoded, decoder_input_ids=prompt[:, :3], **told)
+    inputs = dict(encoder_outputs=encoded, decoder_input_ids=prompt, decoder_attention_mask=torch.ones_like(prompt))
+    found = model.generate(**inputs, **GREEDY, **{CACHE: cache})
+    with by_hand.edits({"unit": [[1, 2, 3, 4]]}):
+        expected = base.generate(**inputs, **GREEDY, use_cache=False)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_decoder_prompt_in_chunks_is_refused(ids):
