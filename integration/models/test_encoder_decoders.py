@@ -203,7 +203,7 @@ def test_decoder_that_drafts(ids):
 def test_decoder_prompt_that_is_partly_cached(ids):
     """What the cache holds is edited as it was; the prompt of the call is all of it."""
     base = make("t5")
-    model, by_hand = adapt(base, positions="l2", target_modules=DECODER_BLOCKS)
+    model, by_hand = adapt(base, positions="f1+l1", target_modules=DECODER_BLOCKS)
     prompt = torch.cat([torch.zeros(1, 1, dtype=torch.long), ids[:1, :4]], dim=1)
     with torch.no_grad():
         encoded = base.get_encoder()(input_ids=ids[:1])
@@ -212,7 +212,7 @@ def test_decoder_prompt_that_is_partly_cached(ids):
         model(encoder_outputs=encoded, decoder_input_ids=prompt[:, :3], **told)
     inputs = dict(encoder_outputs=encoded, decoder_input_ids=prompt, decoder_attention_mask=torch.ones_like(prompt))
     found = model.generate(**inputs, **GREEDY, **{CACHE: cache})
-    with by_hand.edits({"unit": [[1, 2, 3, 4]]}):
+    with by_hand.edits({"prefix": [[0]], "suffix": [[2, 4]]}):
         expected = base.generate(**inputs, **GREEDY, use_cache=False)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
