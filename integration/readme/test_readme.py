@@ -58,6 +58,21 @@ def test_data_collator_snippet():
     assert trainer.data_collator([])["prompt_lengths"].tolist() == [1, 2]
 
 
+def test_coverage_names_tests_that_are_there():
+    """Each `file.py::test` of the table, where `::test` alone is one of the file named before it in its row."""
+    root, named = README.parent, set()
+    for row in (root / "docs" / "coverage.md").read_text().splitlines():
+        file = ""
+        for path, test in re.findall(r"`([\w/]+/\w+\.py)?(?:::(test_\w+))?`", row):
+            file = path or file
+            if file and (path or test):
+                named.add((file, test))
+    assert len(named) > 80
+    for file, test in named:
+        path = root / file if file.startswith(("tests/", "examples/sft")) else root / "integration" / file
+        assert path.exists() and f"def {test}" in path.read_text(), f"{file}::{test}"
+
+
 SECTION_7 = """
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft_reft import ReftConfig
