@@ -67,7 +67,7 @@ def test_coverage_names_tests_that_are_there():
             file = path or file
             if file and (path or test):
                 named.add((file, test))
-    assert len(named) > 80
+    assert len(named) > 60
     for file, test in named:
         path = root / file if file.startswith(("tests/", "examples/sft")) else root / "integration" / file
         assert path.exists() and f"def {test}" in path.read_text(), f"{file}::{test}"
