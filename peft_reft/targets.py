@@ -1,5 +1,6 @@
 """Finding the modules that a config adapts: transformer blocks of any model, or the modules that it names."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
     if isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
             root = model.get_encoder()
-        elif model.can_generate():
+        elif model.can_generate() and isinstance(model.get_decoder(), PreTrainedModel):
             root = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is root)
     lists: dict[str, nn.ModuleList] = {}
@@ -58,6 +59,10 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
         depth = getattr(text_config(root), "num_hidden_layers", None)
         found = [name for name in lists if isinstance(lists[name][0], GradientCheckpointingLayer)]
         found = found or [name for name in lists if len(lists[name]) == depth] or list(lists)
+        if len(found) > 1 and isinstance(model, PreTrainedModel) and model.base_model is not model:
+            # Below a head, towers of other modalities serve the language model; alone, no tower is the model.
+            kind = type(text_config(root))
+            found = [name for name in found if type(config_around(model, name)) is kind] or found
     if len(found) != 1:
         among = ", ".join(repr(name) for name in (found or lists)) or "none"
         raise ValueError(
@@ -66,7 +71,38 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
             + f" (lists of modules: {among}). Name it with layers_pattern, or name the modules to adapt with "
             "target_modules."
         )
+    check_that_hooks_run(model, found[0])
     return [f"{found[0]}.{index}" for index in range(len(lists[found[0]]))]
+
+
+def config_around(model: nn.Module, name: str) -> Any:
+    """The config of the innermost transformers model in which a module lies, or None."""
+    parts = name.split(".")
+    owners = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
+    return next((owner.config for owner in owners if isinstance(owner, PreTrainedModel)), None)
+
+
+def check_that_hooks_run(model: nn.Module, name: str) -> None:
+    """Raise a ValueError if the blocks of a list run in a way that no hook of theirs sees, or not wholly."""
+    problem = None
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if hasattr(model.get_submodule(name)[0], "backward_pass"):  # type: ignore[index]
+        problem = "they are reversible: their own backward pass would not see the edits"
+    elif re.search(r"\b(?!self\b)\w+\.forward\(", source_of(type(parent).forward)):
+        problem = f"{type(parent).__name__} calls their forward method itself, so no hook of theirs is called"
+    if problem is not None:
+        raise ValueError(
+            f"ReFT cannot adapt {type(model).__name__}: the output of its blocks ({name!r}) cannot be edited, since "
+            f"{problem}."
+        )
+
+
+def source_of(function: Any) -> str:
+    """The source of a function, empty where there is none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, int]]:

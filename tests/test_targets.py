@@ -67,6 +67,45 @@ def test_language_model_of_a_vision_language_model():
     assert list(find_targets(model, ReftConfig())) == [f"model.language_model.layers.{index}" for index in range(3)]
 
 
+def test_language_model_below_a_classifier():
+    """Of a classifier with two towers the one whose config is the text's is adapted."""
+    text = dict(TINY, num_key_value_heads=4, head_dim=8)
+    vision = dict(TINY, image_size=8, patch_size=4)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForSequenceClassification(config)
+    assert list(find_targets(model, ReftConfig())) == [f"model.language_model.layers.{index}" for index in range(3)]
+
+
+def test_decoder_that_is_a_head():
+    """ModernBERT's causal model calls its head `decoder`."""
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    config = AutoConfig.for_model("modernbert-decoder", **TINY | special)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert list(find_targets(model, ReftConfig())) == [f"model.layers.{index}" for index in range(3)]
+
+
+SQUEEZEBERT = transformers.SqueezeBertConfig(**TINY, embedding_size=32)
+REFORMER = transformers.ReformerConfig(
+    hidden_size=32, axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 8], num_attention_heads=2, attention_head_size=8
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: transformers.SqueezeBertModel(SQUEEZEBERT), "SqueezeBertEncoder calls their forward method itself"),
+        (lambda: transformers.ReformerModel(REFORMER), "reversible"),
+    ],
+)
+def test_blocks_that_hooks_cannot_edit(make, message):
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(ValueError, match=f"ReFT cannot adapt {type(model).__name__}.*{message}"):
+        find_targets(model, ReftConfig())
+
+
 class Plain(nn.Module):
     """A model that is not of transformers."""
 
