@@ -206,13 +206,18 @@ class Generation:
         if self.valid is None:
             self.valid = torch.ones(1, tokens, dtype=torch.bool)
         prompt = self.valid.shape[1]
-        if self.cache is None and (tokens > prompt or not self.seen):
+        if (tokens > prompt or not self.seen) and self._is_cacheless():
             self.seen = tokens
             return 0, tokens  # without a cache every step is given all tokens so far
         if self.seen >= prompt:
             return None  # and `seen` stays: a change at every token would have torch.compile trace anew
         start, self.seen = self.seen, self.seen + tokens
         return start, start + tokens
+
+    def _is_cacheless(self) -> bool:
+        """Whether no cache holds the tokens of earlier forwards: a model that uses none is given one, too."""
+        held = cached_tokens(self.cache)
+        return isinstance(held, int) and held == 0
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
         """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""

@@ -36,6 +36,7 @@ TELLING = (
     "encoder_outputs",
     SIGNAL,
     *SIGNAL_MASKS,
+    "logits_to_keep",
     *CACHES,
 )
 
@@ -120,6 +121,7 @@ class Plan:
             that it serves.
         outer (`Plan`, *optional*): the plan that was current when the call began.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its rows, where they differ.
+        tokens (`int`, *optional*): how many tokens the module is given, None if it is given no text.
     """
 
     role: Role
@@ -129,6 +131,7 @@ class Plan:
     generation: Generation | Requests | None = None
     outer: "Plan | None" = None
     mixed_batch: MixedBatch | None = None
+    tokens: int | None = None
     _window: tuple[int, int] | None = None
     _past: int | torch.Tensor | None = 0
     _block_mask: tuple[torch.Tensor | None] | None = None
@@ -136,6 +139,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         # Before the call goes on: blocks add to the cache.
+        self.tokens = given_tokens(self.arguments) if self.tokens is None else self.tokens
         if self.generation is not None:
             self._window = self.generation.window(self.arguments)
         elif self.continues:
@@ -205,8 +209,12 @@ class Plan:
         """The prompts of the call; None where its tokens are in no prompt."""
         if self.role.kind == "signal":
             return self._find_signal_spans(positions, batch, tokens, device)
-        arguments = self.arguments
-        given = given_tokens(arguments)
+        arguments, given = self.arguments, self.tokens
+        keep = arguments.get("logits_to_keep")
+        if given is not None and tokens < given and isinstance(keep, int) and tokens == keep:
+            # Layers that write no cache may be given only the tokens whose logits are asked for (Gemma 4).
+            spans = self._find_spans(positions, batch, given, device)
+            return None if spans is None else _after(spans, given - tokens)
         if given is not None and given != tokens:
             raise ValueError(
                 f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "

@@ -15,12 +15,14 @@ from transformers import (
     LogitsProcessor,
     MambaConfig,
     MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     StaticCache,
     StoppingCriteria,
 )
 
 from peft_reft import ReftConfig
-from peft_reft.generation import CACHES, Family, cached_tokens
+from peft_reft.generation import CACHES, Family, Generation, cached_tokens
 from peft_reft.plan import Plan, Role
 from peft_reft.positions import Positions
 
@@ -490,6 +492,66 @@ def test_state_that_is_kept_elsewhere(adapt, ids, family):
         assert torch.equal(generated(model, ids[:1], None, use_cache=use_cache), expected)
     with model.disable_adapter():
         assert not torch.equal(generated(model, ids[:1], None), expected)
+
+
+def make_openai_gpt():
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+    return OpenAIGPTLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("positions", GENERATED)
+def test_model_that_has_no_use_for_its_cache(adapt, ids, positions):
+    """generate makes a cache that the model leaves empty: every step is given all tokens, and edits the prompt's."""
+    model, by_hand = adapt(make_openai_gpt, positions=positions)
+    options = dict(return_dict_in_generate=True, output_logits=True)
+    with by_hand.edits(GENERATED[positions]):
+        expected = generated(by_hand.base, ids, **options)
+    torch.testing.assert_close(generated(model, ids, **options).logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("held", "window"), [(0, (0, 5)), (3, None)])
+def test_more_tokens_than_the_prompt_has(held, window):
+    """All tokens so far, where no cache holds any; drafts of the answer, where one does."""
+
+    class Holds:
+        def get_seq_length(self):
+            return held
+
+    generation = Generation(Family(), valid=torch.ones(1, 3, dtype=torch.bool), seen=3, cache=Holds())
+    assert generation.window({"input_ids": torch.zeros(1, 5)}) == window
+
+
+def make_gemma4():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        **TINY | dict(num_hidden_layers=4),
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64,
+        initializer_range=0.2,
+        pad_token_id=0,
+        eos_token_id=None,
+        per_layer_config={},
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "l1", "all"])
+def test_layers_that_are_given_the_last_tokens_alone(adapt, ids, positions):
+    """Gemma 4's last layers write no cache: of a prompt they are given the token whose logits are asked for."""
+    model, by_hand = adapt(make_gemma4, positions=positions)
+    whole = {"l1": {"unit": [[11], [11]]}} | GENERATED
+    seen = []
+    model.get_base_model().model.layers[-1].register_forward_hook(lambda *args: seen.append(args[2].shape[1]))
+    tokens = generated(model, ids)
+    assert max(seen) == 1
+    assert torch.equal(tokens, by_hand.generate(whole[positions], ids, MASK))
+    assert not torch.equal(tokens, generated(by_hand.base, ids))
 
 
 def test_cache_of_an_unknown_kind():

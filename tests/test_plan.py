@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from by_hand import MASK, TWO, assert_edits, generated, labels_of
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
@@ -286,3 +287,9 @@ def test_plan_is_recalled_with_certainty_or_not_at_all():
     remember(second, [other, shared])
     assert recall([own, shared]) is first.kept and recall([other, shared]) is second.kept
     assert recall([shared]) is None and recall([own, other]) is None and recall([torch.ones(1)]) is None
+
+
+def test_kept_plan_knows_how_many_tokens_there_were():
+    """Without its arguments, a recomputed block must still tell the model's tokens from those that it added."""
+    plan = Plan(Role(Family(), "whole", 0, ()), nn.Identity(), True, {"input_ids": torch.zeros(2, 12)})
+    assert plan.kept.tokens == 12
