@@ -17,15 +17,16 @@ from . import plan as plans
 from .continuous_batching import Requests
 from .generation import Family, Generation, current_generation, find_cache, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
+from .layout import edit_in_layout
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch, hook_wrappers, set_mixed_batch
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of an adapted module: pass its output, a tensor or the first of a tuple, through the child."""
+    """Forward hook of an adapted module: pass its output, a tensor or the first of several, through the child."""
     layer, plan = layer_of(module), plans.current_plan()
     if layer is None or not layer.is_used_by(plan):
         return None
-    hidden_states = output[0] if isinstance(output, tuple) else output
+    hidden_states = output[0] if isinstance(output, tuple | list) and output else output
     if module.training and not torch.compiler.is_compiling():
         # Activation checkpointing may run the module again in the backward pass, when the call is over.
         others = plans.tensors_among(args[1:], kwargs)
@@ -38,12 +39,13 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
             "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
-    is_tensor, is_packed = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, False
+    is_tensor, edited = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, None
     if plan.role.kind == "signal":
         plan.see_mask(module, args, kwargs)
-        is_packed = is_tensor and hidden_states.dim() == 2  # all images in one row
-        hidden_states = hidden_states.unsqueeze(0) if is_packed else hidden_states
-    if not is_tensor or hidden_states.dim() != 3 or hidden_states.shape[-1] != layer.d:
+    if is_tensor:
+        in_one_row = plan.role.kind == "signal"
+        edited = edit_in_layout(module, hidden_states, layer.d, plan.tokens, in_one_row, lambda h: layer(h, plan))
+    if edited is None:
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         if isinstance(hidden_states, torch.Tensor) and not is_tensor:
             given = "a nested tensor (which torch.nn.TransformerEncoder does with enable_nested_tensor=True)"
@@ -51,9 +53,14 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, "
             f"tokens, {layer.d}]: name modules in target_modules that put out hidden states."
         )
-    edited = layer(hidden_states, plan)
-    edited = edited.squeeze(0) if is_packed else edited
-    return (edited, *output[1:]) if isinstance(output, tuple) else edited
+    return edited if output is hidden_states else with_first(output, edited)
+
+
+def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
+    """The same outputs, of the same type, with another first one."""
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: first})  # type: ignore[union-attr]
+    return type(output)((first, *output[1:]))
 
 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -206,10 +213,14 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
         if isinstance(outermost, PreTrainedModel) and outermost.config.is_encoder_decoder:
             # Encoder and decoder have sequences of their own; what is told of them is told to the model around them.
             callers.setdefault(around[0], ("whole", False))
-            decoder, generates = outermost.get_decoder(), generates or kind_of(nearest) == "decoder"
-            is_decoder = nearest in set(decoder.modules())
+            halves = (outermost.get_encoder(), outermost.get_decoder())
+            # They may be no models of transformers' kind (FSMT).
+            path = max([around[-1], *(p for p in paths if model.get_submodule(p) in halves)], key=len)
+            nearest = model.get_submodule(path)
+            is_decoder = nearest in set(halves[1].modules())
             kind = "whole" if plans.reads_text(nearest) else "signal"
-            callers[around[-1]] = ("decoder" if is_decoder and generates else kind, nearest is not outermost)
+            kind = "decoder" if is_decoder and (generates or kind_of(nearest) == "decoder") else kind
+            callers[path] = (kind, nearest is not outermost)
             continue
         generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
         kind = "causal" if generates else "whole" if plans.reads_text(outermost) else "signal"

@@ -1,7 +1,7 @@
 """Tiny models, and ReFT by hand: plain hooks on a base model that edit the columns which a test lists."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 
@@ -58,10 +58,21 @@ def edit_by_hand(tensors: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Ten
 
 
 class ByHand:
-    """The base model with LoReFT by hand, sharing the adapter's tensors and nothing of the package's code."""
+    """The base model with LoReFT by hand, sharing the adapter's tensors and nothing of the package's code.
 
-    def __init__(self, base: nn.Module, model: nn.Module, adapter: str = "default"):
-        self.base = base
+    Args:
+        base, model, adapter: the base model, the adapted one and the name of the adapter.
+        view: gives a view [batch, tokens, d] or [batch, tokens, streams, d] of what a block puts out.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        model: nn.Module,
+        adapter: str = "default",
+        view: Callable[[torch.Tensor], torch.Tensor] = lambda hidden_states: hidden_states,
+    ):
+        self.base, self.view = base, view
         self.tensors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}  # block -> unit -> tensors
         adapted = model.get_base_model() if isinstance(model, PeftModel) else model
         for name, tensor in adapted.state_dict().items():
@@ -73,17 +84,19 @@ class ByHand:
                     self.tensors.setdefault(block, {}).setdefault(unit, {})[tensor_name] = tensor.detach()
 
     @contextmanager
-    def edits(self, columns: dict[str, list[list[int]]], within: str = "") -> Iterator[None]:
-        """Edit, in each unit, the listed columns of each row, in the blocks whose name has `within` in it.
+    def edits(self, columns: dict[str, list[list[int]]], within: str = "", shortest: int = 1) -> Iterator[None]:
+        """Edit, in each unit, the listed columns of each row, counted from the first token that the cache holds.
 
-        Columns are counted from the first token that the cache holds.
+        Only in the blocks whose name has `within` in it, and in outputs of `shortest` tokens or more.
         """
         past = 0
 
         def look(module, args, kwargs):
             nonlocal past
-            cache = kwargs.get(CACHE)
-            past = 0 if cache is None else int(cache.get_seq_length())
+            try:
+                past = int(kwargs[CACHE].get_seq_length())
+            except (AttributeError, KeyError, ValueError):  # no cache, or one that cannot tell
+                past = 0
 
         handles = [self.base.register_forward_pre_hook(look, with_kwargs=True)]
         for block, units in self.tensors.items():
@@ -91,15 +104,20 @@ class ByHand:
                 continue
 
             def hook(module, args, output, units=units):
-                hidden_states = (output[0] if isinstance(output, tuple) else output).clone()
+                first = output[0] if isinstance(output, tuple | list) else output
+                edited = first.clone()
+                hidden_states = self.view(edited)
                 assert units.keys() == columns.keys(), "the test lists columns for other units"
-                tokens = hidden_states if hidden_states.dim() == 3 else hidden_states[None]  # all in one row
+                tokens = hidden_states if hidden_states.dim() > 2 else hidden_states[None]  # all in one row
+                if tokens.shape[1] < shortest:
+                    return None
                 for unit, rows in columns.items():
                     for row, listed in enumerate(rows):
                         for column in (column - past for column in listed):
                             if 0 <= column < tokens.shape[1]:
-                                tokens[row, column] = edit_by_hand(units[unit], tokens[row, column])
-                return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+                                for state in tokens[row, column].view(-1, tokens.shape[-1]):
+                                    state.copy_(edit_by_hand(units[unit], state))
+                return type(output)((edited, *output[1:])) if isinstance(output, tuple | list) else edited
 
             handles.append(self.base.get_submodule(block).register_forward_hook(hook))
         try:

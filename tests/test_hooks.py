@@ -1,6 +1,7 @@
 import copy
 import gc
 import weakref
+from collections import namedtuple
 
 import pytest
 import torch
@@ -36,6 +37,38 @@ def test_block_called_outside_of_its_model(adapt):
         block(hidden_states, position_embeddings=embeddings)
     with model.disable_adapter():
         block(hidden_states, position_embeddings=embeddings)
+
+
+Pair = namedtuple("Pair", ["hidden_states", "rest"])
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda first: first, lambda first: (first, 1), lambda first: [first, 1], lambda first: Pair(first, 1)]
+)
+def test_kinds_of_output(ids, kind):
+    """A tensor, or the first of a tuple, a list or a named tuple, which stays one."""
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            return kind(super().forward(x))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(8, 8)
+
+        def forward(self, inputs_embeds):
+            return self.block(inputs_embeds)
+
+    torch.manual_seed(0)
+    base, x = Model(), torch.randn(2, 5, 8)
+    unedited = base.block.weight @ x.mT + base.block.bias[:, None]
+    model = get_peft_model(base, ReftConfig(r=2, target_modules=["block"], positions="l1", init_weights=False)).eval()
+    output = model(inputs_embeds=x)
+    assert type(output) is type(kind(x))
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    changed = (first - unedited.mT).abs().amax(-1) > 1e-3
+    assert changed.tolist() == [[False] * 4 + [True]] * 2
 
 
 def test_generate_that_another_package_replaced(ids):

@@ -1,0 +1,67 @@
+"""How blocks lay out their hidden states, where it is not [batch, tokens, d].
+
+What a shape means cannot be read off it (a batch may have as many rows as tokens), so the families are named.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+# By the name of the family's folder in transformers.models.
+TOKENS_FIRST = ("fsmt", "xlnet")  # [tokens, batch, d]
+STREAMS = {"deepseek_v4": 2, "gemma3n": 0, "hy_v4": 2}  # four dimensions, with residual streams as the named one
+FLAT_STREAMS = ("qwen4_exp",)  # [batch, tokens, streams * d]
+MORE_AFTER = (  # padding to a multiple of a window, or streams that predict later tokens
+    "big_bird",
+    "bigbird_pegasus",
+    "led",
+    "longformer",
+    "pegasus_x",
+    "prophetnet",
+)
+MORE_BEFORE = ("cpmant",)  # tokens of a soft prompt
+
+Edit = Callable[[torch.Tensor], torch.Tensor]  # of hidden states [batch, tokens, d]
+
+
+def architecture_of(module: nn.Module) -> str:
+    """The folder in transformers.models that a module's class comes from, or an empty string."""
+    path = type(module).__module__
+    return path.split(".")[2] if path.startswith("transformers.models.") else ""
+
+
+def edit_in_layout(
+    module: nn.Module, hidden_states: torch.Tensor, d: int, tokens: int | None, in_one_row: bool, edit: Edit
+) -> torch.Tensor | None:
+    """Edit what a module put out, whatever its layout: every stream alike, and no token that the model added.
+
+    Args:
+        module (`nn.Module`): the module.
+        hidden_states (`torch.Tensor`): what it put out.
+        d (`int`): width of the hidden states.
+        tokens (`int`, *optional*): how many tokens the model was given, None if not known.
+        in_one_row (`bool`): whether the model may lay its whole batch in one row, [tokens, d].
+        edit: edits hidden states [batch, tokens, d].
+
+    Returns:
+        `torch.Tensor` of the same shape, or None if these are no hidden states.
+    """
+    architecture, shape = architecture_of(module), hidden_states.shape
+    if architecture in FLAT_STREAMS and len(shape) == 3 and shape[-1] > d and shape[-1] % d == 0:
+        return torch.cat([edit(stream) for stream in hidden_states.split(d, dim=-1)], dim=-1)
+    if architecture in STREAMS and len(shape) == 4 and shape[-1] == d:
+        dim = STREAMS[architecture]
+        return torch.stack([edit(stream) for stream in hidden_states.unbind(dim)], dim)
+    if in_one_row and len(shape) == 2 and shape[-1] == d:
+        return edit(hidden_states.unsqueeze(0)).squeeze(0)
+    if len(shape) != 3 or shape[-1] != d:
+        return None
+    if architecture in TOKENS_FIRST and not isinstance(module, nn.Embedding):
+        return edit(hidden_states.transpose(0, 1)).transpose(0, 1)
+    if tokens is not None and shape[1] > tokens:
+        if architecture in MORE_AFTER:
+            return torch.cat([edit(hidden_states[:, :tokens]), hidden_states[:, tokens:]], dim=1)
+        if architecture in MORE_BEFORE:
+            return torch.cat([hidden_states[:, :-tokens], edit(hidden_states[:, -tokens:])], dim=1)
+    return edit(hidden_states)
