@@ -39,12 +39,12 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
             "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
-    is_tensor, edited = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, None
-    if plan.role.kind == "signal":
+    is_signal = plan.role.kind == "signal"
+    if is_signal:
         plan.see_mask(module, args, kwargs)
+    is_tensor, edited = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, None
     if is_tensor:
-        in_one_row = plan.role.kind == "signal"
-        edited = edit_in_layout(module, hidden_states, layer.d, plan.tokens, in_one_row, lambda h: layer(h, plan))
+        edited = edit_in_layout(module, hidden_states, layer.d, plan.tokens, lambda h: layer(h, plan), is_signal)
     if edited is None:
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         if isinstance(hidden_states, torch.Tensor) and not is_tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-# By the name of the family's folder in transformers.models.
+# By the name of the folder in transformers.models.
 TOKENS_FIRST = ("fsmt", "xlnet")  # [tokens, batch, d]
 STREAMS = {"deepseek_v4": 2, "gemma3n": 0, "hy_v4": 2}  # four dimensions, with residual streams as the named one
 FLAT_STREAMS = ("qwen4_exp",)  # [batch, tokens, streams * d]
@@ -32,7 +32,7 @@ def architecture_of(module: nn.Module) -> str:
 
 
 def edit_in_layout(
-    module: nn.Module, hidden_states: torch.Tensor, d: int, tokens: int | None, in_one_row: bool, edit: Edit
+    module: nn.Module, hidden_states: torch.Tensor, d: int, tokens: int | None, edit: Edit, in_one_row: bool = False
 ) -> torch.Tensor | None:
     """Edit what a module put out, whatever its layout: every stream alike, and no token that the model added.
 
@@ -41,8 +41,8 @@ def edit_in_layout(
         hidden_states (`torch.Tensor`): what it put out.
         d (`int`): width of the hidden states.
         tokens (`int`, *optional*): how many tokens the model was given, None if not known.
-        in_one_row (`bool`): whether the model may lay its whole batch in one row, [tokens, d].
         edit: edits hidden states [batch, tokens, d].
+        in_one_row (`bool`): whether the model may lay its whole batch in one row, [tokens, d].
 
     Returns:
         `torch.Tensor` of the same shape, or None if these are no hidden states.

@@ -209,13 +209,14 @@ def text_config(module: nn.Module) -> Any:
 
 
 def lies_between(model: nn.Module, name: str) -> bool:
-    """Whether a module is part of an encoder-decoder model, but of neither its encoder nor its decoder."""
+    """Whether a module is part of an encoder-decoder model, but of neither its encoder nor its decoder, or of both."""
     names = name.split(".")
     owners = (model.get_submodule(".".join(names[:n])) for n in range(len(names) - 1, -1, -1))
     nearest = next((owner for owner in owners if isinstance(owner, PreTrainedModel)), None)
     if nearest is None or not nearest.config.is_encoder_decoder:
         return False
-    return nearest.get_encoder() is not nearest and nearest.get_decoder() is not nearest
+    halves = (nearest.get_encoder(), nearest.get_decoder())
+    return nearest not in halves and sum(model.get_submodule(name) in set(half.modules()) for half in halves) != 1
 
 
 def norm_width(module: nn.Module) -> int | None:

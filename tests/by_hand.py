@@ -115,8 +115,8 @@ class ByHand:
                     for row, listed in enumerate(rows):
                         for column in (column - past for column in listed):
                             if 0 <= column < tokens.shape[1]:
-                                for state in tokens[row, column].view(-1, tokens.shape[-1]):
-                                    state.copy_(edit_by_hand(units[unit], state))
+                                states = tokens[row, column].view(-1, tokens.shape[-1])  # one, or a few streams
+                                states.copy_(torch.stack([edit_by_hand(units[unit], state) for state in states]))
                 return type(output)((edited, *output[1:])) if isinstance(output, tuple | list) else edited
 
             handles.append(self.base.get_submodule(block).register_forward_hook(hook))

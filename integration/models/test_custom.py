@@ -84,7 +84,7 @@ def test_with_a_task(ids):
     for mode in map(model.train, (False, True)):
         assert_close(mode(**inputs, labels=labels_of(ids, [(5, 12)], [(8, 9)]))[1], prompts)
         assert_close(mode(**inputs, prompt_lengths=torch.tensor([5, 8])), prompts)
-    assert_close(model.eval()(**inputs), whole)
+    assert_close(model.eval()(input_ids=ids.clone(), attention_mask=MASK), whole)
     with pytest.raises(ValueError, match="prompt_lengths"):
         model.train()(**inputs)
 
