@@ -13,6 +13,7 @@ from .positions import Spans
 from .spans import valid_tokens, whole_sequences
 
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
+STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
 
 _local = threading.local()
 _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
@@ -56,6 +57,13 @@ def cached_tokens(cache: Any) -> int | torch.Tensor | None:
         return cache.get_seq_length()
     except ValueError:
         return None
+
+
+def tokens_before(arguments: Mapping[str, Any]) -> int | torch.Tensor | None:
+    """How many tokens a forward goes on from; None if its cache or its state does not tell."""
+    if any(arguments.get(name) is not None for name in STATES):
+        return None
+    return cached_tokens(find_cache(arguments))
 
 
 def given_tokens(arguments: Mapping[str, Any]) -> int | None:
@@ -206,18 +214,15 @@ class Generation:
         if self.valid is None:
             self.valid = torch.ones(1, tokens, dtype=torch.bool)
         prompt = self.valid.shape[1]
-        if (tokens > prompt or not self.seen) and self._is_cacheless():
-            self.seen = tokens
-            return 0, tokens  # without a cache every step is given all tokens so far
+        if tokens > prompt or not self.seen:
+            before = tokens_before(arguments)
+            if isinstance(before, int) and before == 0:
+                self.seen = tokens
+                return 0, tokens  # nothing is kept, if a cache was made or not: every step is given all tokens so far
         if self.seen >= prompt:
             return None  # and `seen` stays: a change at every token would have torch.compile trace anew
         start, self.seen = self.seen, self.seen + tokens
         return start, start + tokens
-
-    def _is_cacheless(self) -> bool:
-        """Whether no cache holds the tokens of earlier forwards: a model that uses none is given one, too."""
-        held = cached_tokens(self.cache)
-        return isinstance(held, int) and held == 0
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
         """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .continuous_batching import Requests
-from .generation import CACHES, Family, Generation, cached_tokens, find_cache, given_tokens
+from .generation import CACHES, STATES, Family, Generation, given_tokens, tokens_before
 from .mixed_batch import MixedBatch
 from .positions import AnyPositions, Rows, Spans, to_rows
 from .spans import IGNORED_LABEL, before_labels, check, given_lengths, sequence_ids, valid_tokens, whole_sequences
@@ -38,6 +38,7 @@ TELLING = (
     *SIGNAL_MASKS,
     "logits_to_keep",
     *CACHES,
+    *STATES,
 )
 
 USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
@@ -143,7 +144,7 @@ class Plan:
         if self.generation is not None:
             self._window = self.generation.window(self.arguments)
         elif self.continues:
-            past = cached_tokens(find_cache(self.arguments))
+            past = tokens_before(self.arguments)
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
 
     def contains(self, role: Role, arguments: Mapping[str, Any]) -> bool:

@@ -17,6 +17,8 @@ from transformers import (
     MambaForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     StaticCache,
     StoppingCriteria,
 )
@@ -510,16 +512,17 @@ def test_model_that_has_no_use_for_its_cache(adapt, ids, positions):
     torch.testing.assert_close(generated(model, ids, **options).logits, expected.logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("held", "window"), [(0, (0, 5)), (3, None)])
-def test_more_tokens_than_the_prompt_has(held, window):
+@pytest.mark.parametrize(("held", "state", "window"), [(0, False, (0, 5)), (3, False, None), (0, True, None)])
+def test_more_tokens_than_the_prompt_has(held, state, window):
     """All tokens so far, where no cache holds any; drafts of the answer, where one does."""
 
     class Holds:
         def get_seq_length(self):
             return held
 
-    generation = Generation(Family(), valid=torch.ones(1, 3, dtype=torch.bool), seen=3, cache=Holds())
-    assert generation.window({"input_ids": torch.zeros(1, 5)}) == window
+    generation = Generation(Family(), valid=torch.ones(1, 3, dtype=torch.bool), seen=3)
+    arguments = {"input_ids": torch.zeros(1, 5), "past_key_values": Holds(), "state": [] if state else None}
+    assert generation.window(arguments) == window
 
 
 def make_gemma4():
@@ -552,6 +555,28 @@ def test_layers_that_are_given_the_last_tokens_alone(adapt, ids, positions):
     assert max(seen) == 1
     assert torch.equal(tokens, by_hand.generate(whole[positions], ids, MASK))
     assert not torch.equal(tokens, generated(by_hand.base, ids))
+
+
+def make_rwkv():
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=64, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, eos_token_id=None
+    )
+    return RwkvForCausalLM(config).eval()
+
+
+def test_state_in_place_of_a_cache(adapt, ids):
+    """RWKV carries its state on: a token that comes with one goes on with an answer."""
+    model, by_hand = adapt(make_rwkv, positions="l2")
+    for block in (*by_hand.base.rwkv.blocks, *model.get_base_model().rwkv.blocks):
+        with torch.no_grad():  # drawn as zeros, they would read nothing of other tokens
+            for linear in (block.attention.output, block.attention.value, block.attention.receptance):
+                linear.weight.copy_(torch.eye(32))
+    expected = by_hand.logits({"unit": [[10, 11]]}, input_ids=torch.cat([ids[:1], ids[1:, :1]], dim=1))[:, -1:]
+    with torch.no_grad():
+        state = model(input_ids=ids[:1], use_cache=True).state
+        found = model(input_ids=ids[1:, :1], state=state, use_cache=True).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cache_of_an_unknown_kind():
