@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from . import plan as plans
+from .call import SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
 from .generation import Family, Generation, current_generation, find_cache, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
@@ -39,12 +40,12 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
             "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
         )
-    is_signal = plan.role.kind == "signal"
+    is_signal = plan.call.role.kind == "signal"
     if is_signal:
-        plan.see_mask(module, args, kwargs)
+        plan.call.see_mask(module, args, kwargs)
     is_tensor, edited = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, None
     if is_tensor:
-        edited = edit_in_layout(module, hidden_states, layer.d, plan.tokens, lambda h: layer(h, plan), is_signal)
+        edited = edit_in_layout(module, hidden_states, layer.d, plan.call.tokens, lambda h: layer(h, plan), is_signal)
     if edited is None:
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         if isinstance(hidden_states, torch.Tensor) and not is_tensor:
@@ -65,30 +66,28 @@ def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of a model: make the plan of the call, and keep `prompt_lengths` from the model."""
-    role: plans.Role = module._reft_role  # type: ignore[assignment]
+    role: Role = module._reft_role  # type: ignore[assignment]
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
     if role.kind == "signal":
-        arguments[plans.SIGNAL] = next(filter(torch.is_tensor, arguments.values()), None)
-    arguments = {name: arguments[name] for name in plans.TELLING if arguments.get(name) is not None}
+        arguments[SIGNAL] = next(filter(torch.is_tensor, arguments.values()), None)
+    arguments = {name: arguments[name] for name in TELLING if arguments.get(name) is not None}
     outer = plans.current_plan()
-    while outer is not None and outer.role.family is role.family:
-        if outer.contains(role, arguments):
+    while outer is not None and outer.call.role.family is role.family:
+        if outer.call.contains(role, arguments):
             return None
-        if role.apart and not outer.role.apart and role.depth > outer.role.depth:
-            if role.kind == "decoder":  # some of what tells is given to the model around it
-                told = ("labels", "prompt_lengths", "encoder_outputs")
-                arguments = {name: outer.arguments[name] for name in told if name in outer.arguments} | arguments
+        if outer.call.is_around(role):
+            arguments = outer.call.told_to(role) | arguments
             break
         outer = outer.outer  # left behind by an interrupt
     generation = generation_of(role, arguments)
-    mixed_batch = mixed_batch_of(module, generation, kwargs)
-    plans.set_plan(plans.Plan(role, module, module.training, arguments, generation, outer, mixed_batch))
+    call = Call(role, module, module.training, arguments, generation)
+    plans.set_plan(plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs)))
     if "prompt_lengths" not in role.argument_names:
         kwargs.pop("prompt_lengths", None)
     return args, kwargs
 
 
-def generation_of(role: plans.Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
+def generation_of(role: Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
     """What knows the prompts of a call that generates."""
     generation = current_generation()
     if generation is not None and generation.family is role.family:
@@ -101,7 +100,7 @@ def mixed_batch_of(
     module: nn.Module, generation: Generation | Requests | None, kwargs: dict[str, Any]
 ) -> MixedBatch | None:
     """The adapters of the rows of a call, where they differ; the model itself takes no `adapter_names`."""
-    role: plans.Role = module._reft_role  # type: ignore[assignment]
+    role: Role = module._reft_role  # type: ignore[assignment]
     if kwargs.get("adapter_names") is not None:  # a PeftModel around the model would have kept them
         return mix(module, role.family, kwargs.pop("adapter_names"))
     mixed_batch, running = current_mixed_batch(), current_generation()
@@ -115,7 +114,7 @@ def mixed_batch_of(
 def end_call(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of a model, called after errors too: the plan ends with the call that made it."""
     plan = plans.current_plan()
-    if plan is not None and plan.owner is module:
+    if plan is not None and plan.call.owner is module:
         plans.set_plan(plan.outer)
 
 
@@ -218,13 +217,13 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             path = max([around[-1], *(p for p in paths if model.get_submodule(p) in halves)], key=len)
             nearest = model.get_submodule(path)
             is_decoder = nearest in set(halves[1].modules())
-            kind = "whole" if plans.reads_text(nearest) else "signal"
+            kind = "whole" if reads_text(nearest) else "signal"
             kind = "decoder" if is_decoder and (generates or kind_of(nearest) == "decoder") else kind
             callers[path] = (kind, nearest is not outermost)
             continue
         generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
-        kind = "causal" if generates else "whole" if plans.reads_text(outermost) else "signal"
-        if plans.reads_text(outermost) and not plans.reads_text(nearest):
+        kind = "causal" if generates else "whole" if reads_text(outermost) else "signal"
+        if reads_text(outermost) and not reads_text(nearest):
             callers |= {around[0]: (kind, False), around[-1]: ("signal", True)}
         else:
             callers |= dict.fromkeys(around, (kind, False))
@@ -238,7 +237,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             )
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         depth = len(path.split(".")) if path else 0
-        module._reft_role = plans.Role(family, kind, depth, names, apart)  # type: ignore[assignment]
+        module._reft_role = Role(family, kind, depth, names, apart)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
             vars(module)["generate"] = Generate(module, family)

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from .call import reads_text
 from .config import ReftConfig
 from .layer import ReftLayer
-from .plan import reads_text
 
 
 def is_excluded(config: ReftConfig, key: str) -> bool:

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from peft_reft import ReftConfig
+from peft_reft.call import Call, Role
 from peft_reft.generation import CACHES, Family, Generation, cached_tokens
-from peft_reft.plan import Plan, Role
 from peft_reft.positions import Positions
 
 GENERATED = {
@@ -592,8 +592,8 @@ def test_cache_that_cannot_tell_its_length(adapt, ids):
             raise ValueError("only attention layers can tell")
 
     assert cached_tokens(Silent()) is None
-    plan = Plan(Role(Family(), "causal", 0, ()), torch.nn.Identity(), False, {"cache": Silent()})
-    assert plan.rows(Positions.parse("l1"), ("unit",), 1, 1, torch.device("cpu")) is None
+    call = Call(Role(Family(), "causal", 0, ()), torch.nn.Identity(), False, {"cache": Silent()})
+    assert call.prompts(Positions.parse("l1"), 1, 1, torch.device("cpu")) is None
 
 
 TINY = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64)

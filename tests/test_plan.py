@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from peft_reft import ReftConfig
+from peft_reft.call import Call, Role
 from peft_reft.generation import Family
-from peft_reft.plan import Plan, Role, current_plan, recall, remember
+from peft_reft.plan import Plan, current_plan, recall, remember
 
 
 def test_threads_do_not_see_each_others_plans(adapt, ids):
@@ -280,7 +281,7 @@ def test_exported(adapt, ids):
 def test_plan_is_recalled_with_certainty_or_not_at_all():
     """A tensor that two calls share, such as a mask that a model keeps, does not tell which call a module is of."""
     role = Role(Family(), "causal", 0, ())
-    first, second = (Plan(role, torch.nn.Identity(), True, {}) for _ in range(2))
+    first, second = (Plan(Call(role, torch.nn.Identity(), True, {})) for _ in range(2))
     own, other, shared = torch.ones(1), torch.ones(1), torch.ones(1)
     remember(first, [own, shared])
     assert recall([own, shared]) is first.kept and recall([shared]) is first.kept
@@ -291,5 +292,5 @@ def test_plan_is_recalled_with_certainty_or_not_at_all():
 
 def test_kept_plan_knows_how_many_tokens_there_were():
     """Without its arguments, a recomputed block must still tell the model's tokens from those that it added."""
-    plan = Plan(Role(Family(), "whole", 0, ()), nn.Identity(), True, {"input_ids": torch.zeros(2, 12)})
-    assert plan.kept.tokens == 12
+    plan = Plan(Call(Role(Family(), "whole", 0, ()), nn.Identity(), True, {"input_ids": torch.zeros(2, 12)}))
+    assert plan.kept.call.tokens == 12
