@@ -79,7 +79,8 @@ class Generation:
 
     Attributes:
         family (`Family`): the model that generates.
-        input_ids (`torch.LongTensor` [batch, tokens], *optional*): the prompt, where it was given as ids.
+        input_ids (`torch.LongTensor` [batch, tokens], *optional*): the prompt, where it was given as ids; without a
+            cache, as the first forward was given it.
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
             first forward is given: an encoder-decoder model's decoder begins with tokens that `generate` chooses.
         seen (`int`): tokens that have been processed; at first those that the cache holds.
@@ -166,14 +167,14 @@ class Generation:
 
     def _is_begun_by(self, input_ids: torch.Tensor | None) -> bool:
         """Whether ids that are given without a cache are those of this call, as far as they tell."""
+        if not self.seen:
+            self.input_ids = input_ids  # as the model is given them, which Musicgen's generate changes
         own = self.input_ids
         if own is None or input_ids is None:
             return True
         if self.is_cached and input_ids.shape[1] < own.shape[1]:
             return True  # of a model that keeps its state elsewhere
-        copies, rest = divmod(len(input_ids), len(own))
-        prompt = input_ids[:, : own.shape[1]]
-        return rest == 0 and torch.equal(prompt, own.to(prompt.device).repeat_interleave(copies, dim=0))
+        return torch.equal(input_ids[:, : own.shape[1]], own)
 
     def _begin(self, arguments: Mapping[str, Any]) -> None:
         """Take a decoder's prompt from the forward that it begins with.

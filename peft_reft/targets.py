@@ -71,7 +71,7 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
             + f" (lists of modules: {among}). Name it with layers_pattern, or name the modules to adapt with "
             "target_modules."
         )
-    check_that_hooks_run(model, found[0])
+    check_blocks(model, found[0])
     return [f"{found[0]}.{index}" for index in range(len(lists[found[0]]))]
 
 
@@ -82,12 +82,14 @@ def config_around(model: nn.Module, name: str) -> Any:
     return next((owner.config for owner in owners if isinstance(owner, PreTrainedModel)), None)
 
 
-def check_that_hooks_run(model: nn.Module, name: str) -> None:
-    """Raise a ValueError if the blocks of a list run in a way that no hook of theirs sees, or not wholly."""
+def check_blocks(model: nn.Module, name: str) -> None:
+    """Raise a ValueError if what the blocks of a list put out cannot be edited, or no hook of theirs sees it."""
     problem = None
     parent = model.get_submodule(name.rpartition(".")[0])
     if hasattr(model.get_submodule(name)[0], "backward_pass"):  # type: ignore[index]
         problem = "they are reversible: their own backward pass would not see the edits"
+    elif hasattr(getattr(model, "config", None), "num_latents"):
+        problem = "it is of latents, which are no tokens"
     elif re.search(r"\b(?!self\b)\w+\.forward\(", source_of(type(parent).forward)):
         problem = f"{type(parent).__name__} calls their forward method itself, so no hook of theirs is called"
     if problem is not None:

@@ -92,11 +92,15 @@ REFORMER = transformers.ReformerConfig(
 )
 
 
+PERCEIVER = transformers.PerceiverConfig(num_latents=8, d_latents=32, d_model=32, num_self_attends_per_block=2)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: transformers.SqueezeBertModel(SQUEEZEBERT), "SqueezeBertEncoder calls their forward method itself"),
         (lambda: transformers.ReformerModel(REFORMER), "reversible"),
+        (lambda: transformers.PerceiverForMaskedLM(PERCEIVER), "latents, which are no tokens"),
     ],
 )
 def test_blocks_that_hooks_cannot_edit(make, message):
