@@ -198,35 +198,36 @@ def kind_of(module: nn.Module) -> str | None:
     return None if role is None else role.kind
 
 
+def roles_around(model: nn.Module, name: str, config: PeftConfig) -> dict[str, tuple[str, bool]]:
+    """The models around a module whose calls have plans: by path, the kind of their role and whether it is apart."""
+    parts = name.split(".")
+    paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
+    around = [path for path in paths if isinstance(model.get_submodule(path), PreTrainedModel)] or [""]
+    outermost: Any = model.get_submodule(around[0])
+    nearest = model.get_submodule(around[-1])
+    generates = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
+    generates = generates or config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+    if isinstance(outermost, PreTrainedModel) and outermost.config.is_encoder_decoder:
+        # Encoder and decoder have sequences of their own; what is told of them is told to the model around them.
+        halves = (outermost.get_encoder(), outermost.get_decoder())
+        path = max([around[-1], *(p for p in paths if model.get_submodule(p) in halves)], key=len)
+        nearest = model.get_submodule(path)  # perhaps no model of transformers' kind (FSMT)
+        kind = "whole" if reads_text(nearest) else "signal"
+        if nearest in set(halves[1].modules()) and (generates or kind_of(nearest) == "decoder"):
+            kind = "decoder"
+        return {around[0]: ("whole", False)} | {path: (kind, nearest is not outermost)}
+    generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
+    kind = "causal" if generates else "whole" if reads_text(outermost) else "signal"
+    if reads_text(outermost) and not reads_text(nearest):  # a tower of images or sound
+        return {around[0]: (kind, False), around[-1]: ("signal", True)}
+    return dict.fromkeys(around, (kind, False))
+
+
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
     """Hook the models around every adapted module, so that each call of them has a plan."""
-    callers: dict[str, tuple[str, bool]] = {}  # path of a model whose calls have a plan -> kind of its role, apart
+    callers: dict[str, tuple[str, bool]] = {}
     for name in adapted_modules(model):
-        parts = name.split(".")
-        paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
-        around = [path for path in paths if isinstance(model.get_submodule(path), PreTrainedModel)] or [""]
-        outermost: Any = model.get_submodule(around[0])
-        nearest = model.get_submodule(around[-1])
-        generates = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
-        generates = generates or config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
-        if isinstance(outermost, PreTrainedModel) and outermost.config.is_encoder_decoder:
-            # Encoder and decoder have sequences of their own; what is told of them is told to the model around them.
-            callers.setdefault(around[0], ("whole", False))
-            halves = (outermost.get_encoder(), outermost.get_decoder())
-            # They may be no models of transformers' kind (FSMT).
-            path = max([around[-1], *(p for p in paths if model.get_submodule(p) in halves)], key=len)
-            nearest = model.get_submodule(path)
-            is_decoder = nearest in set(halves[1].modules())
-            kind = "whole" if reads_text(nearest) else "signal"
-            kind = "decoder" if is_decoder and (generates or kind_of(nearest) == "decoder") else kind
-            callers[path] = (kind, nearest is not outermost)
-            continue
-        generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
-        kind = "causal" if generates else "whole" if reads_text(outermost) else "signal"
-        if reads_text(outermost) and not reads_text(nearest):
-            callers |= {around[0]: (kind, False), around[-1]: ("signal", True)}
-        else:
-            callers |= dict.fromkeys(around, (kind, False))
+        callers = roles_around(model, name, config) | callers
     family = family_of(model)
     for path, (kind, apart) in callers.items():
         module = model.get_submodule(path)
