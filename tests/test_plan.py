@@ -133,40 +133,6 @@ def test_call_after_an_interrupt(adapt, ids, interrupted):
     assert current_plan() is None
 
 
-def test_inner_model_of_a_causal_model_does_not_guess_either(adapt, ids):
-    model, _ = adapt(positions="l2")
-    inner = model.get_base_model().model.train()
-    with pytest.raises(ValueError, match="prompt_lengths"):
-        inner(input_ids=ids)
-    with torch.no_grad():
-        hidden_states = inner(input_ids=ids, prompt_lengths=torch.tensor([5, 8])).last_hidden_state
-        logits = model.get_base_model().lm_head(hidden_states)
-        assert torch.equal(logits, model(input_ids=ids, prompt_lengths=torch.tensor([5, 8])).logits)
-
-
-def test_labels_that_are_withheld_from_a_second_call(adapt, ids):
-    """As trainers do for compute_metrics: the whole input would be taken for the prompt."""
-    adapted = adapt(positions="f2+l2")
-    model, labels = adapted[0], labels_of(ids, *TWO["answers"])
-    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [6, 7]]}
-    assert_edits(adapted, columns, input_ids=ids, labels=labels)
-    with pytest.raises(ValueError, match="twice.*DataCollatorWithPromptLengths"):
-        model(input_ids=ids)
-    assert_edits(adapted, columns, input_ids=ids, prompt_lengths=torch.tensor([5, 8]))
-    whole = {"prefix": [[0, 1], [0, 1]], "suffix": [[10, 11], [10, 11]]}
-    assert_edits(adapted, whole, input_ids=ids.clone())
-    assert_edits(adapt(positions="f2+l2"), whole, input_ids=ids)  # another model
-    assert generated(model, ids).shape[1] > 12  # a prompt that is generated from is whole
-    model.base_model.disable_adapter_layers()
-    model(input_ids=ids)
-    model.base_model.enable_adapter_layers()
-    model.train()(input_ids=ids, labels=labels)
-    assert_edits((model.eval(), adapted[1]), whole, input_ids=ids.clone())
-    adapted = adapt(positions="f2")
-    for told in (dict(labels=labels), {}):
-        assert_edits(adapted, {"unit": [[0, 1], [0, 1]]}, input_ids=ids, **told)
-
-
 def test_copy_plans_for_itself(adapt, ids):
     model, _ = adapt(positions="f2+l2")
     duplicate = copy.deepcopy(model)
