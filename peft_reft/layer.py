@@ -83,7 +83,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if plan.mixed_batch is None:
             yield from ((self.positions[name], self.units(name)) for name in self.adapters_in_use)
         else:
-            yield plan.mixed_batch.edits(self, self.positions, {name: self.units(name) for name in self.positions})
+            yield plan.mixed_batch.edits(self, self.positions, self.units)
 
     def forward(self, hidden_states: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Edit what the module put out.

@@ -4,7 +4,7 @@ All rows are edited together: the weights of the adapters are stacked, and each 
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,17 +128,18 @@ class MixedBatch:
         return batch // len(self.names)
 
     def edits(
-        self, layer: nn.Module, positions: Mapping[str, Positions], units: Mapping[str, dict[str, Intervention]]
+        self, layer: nn.Module, positions: Mapping[str, Positions], units_of: Callable[[str], dict[str, Intervention]]
     ) -> tuple[PositionsOfRows, dict[str, UnitsOfRows]]:
         """What the batch's adapters edit in a layer, made once for as long as the batch lasts.
 
         Args:
             layer (`nn.Module`): the layer.
             positions (`Mapping[str, Positions]`): the positions of each adapter that it has.
-            units (`Mapping[str, dict[str, Intervention]]`): and its units.
+            units_of (`Callable`): gives the units of an adapter.
         """
         if layer not in self._edits:
             adapters = [name for name in dict.fromkeys(self.names) if name in positions]
+            units = {name: units_of(name) for name in adapters}
             choices = [adapters.index(name) if name in adapters else 0 for name in self.names]
             slots = ("prefix", "suffix") if any(len(units[name]) == 2 for name in adapters) else ("unit",)
             stacked = {
