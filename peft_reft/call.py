@@ -12,6 +12,7 @@ from torch import nn
 
 from .continuous_batching import Requests
 from .generation import CACHES, STATES, Family, Generation, given_tokens, tokens_before
+from .mixed_batch import MixedBatch
 from .positions import AnyPositions, Spans
 from .spans import IGNORED_LABEL, before_labels, check, given_lengths, sequence_ids, valid_tokens, whole_sequences
 
@@ -122,6 +123,18 @@ class Call:
         """What is given to this call's model and tells of a module within it."""
         told = ("labels", "prompt_lengths", "encoder_outputs") if role.kind == "decoder" else ()
         return {name: self.arguments[name] for name in told if name in self.arguments}
+
+    def check_mixed(self, mixed_batch: MixedBatch, batch: int) -> None:
+        """Raise a ValueError unless it is known which rows of the call belong to which adapter."""
+        config = getattr(self.owner, "config", None)
+        is_tower = self.role.kind == "signal" and self.role.apart and not getattr(config, "is_encoder_decoder", False)
+        if is_tower and len(set(mixed_batch.names)) > 1:
+            raise ValueError(
+                f"adapter_names={list(mixed_batch.names)}: {type(self.owner).__name__} is given images or sounds, and "
+                "ReFT cannot tell to which row of the text each belongs. Run one batch an adapter, or edit the "
+                "language model alone."
+            )
+        mixed_batch.repeats(batch, expanded=self.generation is not None)
 
     def ended(self) -> "Call":
         """The call without what it was given."""

@@ -20,7 +20,7 @@ from .positions import Spans
 _managers: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def begin(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+def init_manager(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """`init_continuous_batching` of an adapted model: a manager that runs the model in ways that ReFT can follow.
 
     Requests cannot share what the cache holds of prompts that begin alike: the tokens are the same, but not the edits.
@@ -46,7 +46,7 @@ def begin(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> 
     for option in ("use_cuda_graph", "use_async_batching"):
         if getattr(config, option) is None:  # left to transformers
             setattr(config, option, False)
-    check(config)
+    check_config(config)
     given.arguments["continuous_batching_config"] = config
     manager = method(*given.args, **given.kwargs)
     if manager not in _managers:
@@ -55,12 +55,12 @@ def begin(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> 
                 "The model keeps a manager of continuous batching from before it had a ReFT adapter: call "
                 "model.destroy_cached_continuous_batching_manager() first."
             )
-        check(manager.continuous_batching_config)  # with what transformers resolved
+        check_config(manager.continuous_batching_config)  # with what transformers resolved
         _managers.add(manager)
     return manager
 
 
-def check(config: ContinuousBatchingConfig) -> None:
+def check_config(config: ContinuousBatchingConfig) -> None:
     """Raise a ValueError unless forwards run one after the other, in Python, and each request fills its own cache."""
     graphs = config.use_cuda_graph
     options = {

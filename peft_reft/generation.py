@@ -79,6 +79,8 @@ class Generation:
 
     Attributes:
         family (`Family`): the model that generates.
+        model (`PreTrainedModel`, *optional*): the part of it whose `generate` was called.
+        prompts (`int`, *optional*): how many prompts it was given.
         input_ids (`torch.LongTensor` [batch, tokens], *optional*): the prompt, where it was given as ids; without a
             cache, as the first forward was given it.
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
@@ -89,11 +91,14 @@ class Generation:
         cache: the cache of the forwards, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
         is_decoder (`bool`): whether forwards are those of the decoder of an encoder-decoder model.
+        decoder_prompt (`int`, *optional*): how many tokens `generate` has just made the decoder begin with.
         chunk_size (`int`, *optional*): of a prompt that comes in chunks.
         encoded: what the encoder put out for a decoder without a cache.
     """
 
     family: Family
+    model: Any = None
+    prompts: int | None = None
     input_ids: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     seen: int = 0
@@ -102,6 +107,7 @@ class Generation:
     cache: Any = None
     mixed_batch: MixedBatch | None = None
     is_decoder: bool = False
+    decoder_prompt: int | None = None
     chunk_size: int | None = None
     encoded: Any = None
 
@@ -128,12 +134,15 @@ class Generation:
         cache = find_cache(kwargs)
         generation = cls(
             family,
+            model,
             seen=int(cached_tokens(cache) or 0),
             is_cached=_option(configs, "use_cache") is not False,
             is_draft=bool(_option(configs, "is_assistant")),
         )
         possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         inputs = next((given for given in possible if given is not None), None)
+        rows = (inputs, *(kwargs.get(name) for name in ("inputs_embeds", "input_features", "pixel_values")))
+        generation.prompts = next((len(given) for given in rows if given is not None), None)
         if model.config.is_encoder_decoder:
             generation.is_decoder, generation.chunk_size = True, _option(configs, "prefill_chunk_size")
             return generation
@@ -149,12 +158,21 @@ class Generation:
             generation.valid = generation.input_ids != (pad if is_told else -1)
         elif kwargs.get("inputs_embeds") is not None:
             generation.valid = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.bool)
+        columns = generation.seen + 1 if generation.valid is None else generation.valid.shape[1]
+        if columns <= generation.seen and not generation.is_draft:
+            raise ValueError(
+                f"generate was given {columns} tokens and a cache that holds {generation.seen}, so that none of the "
+                "prompt is left to process. Give the whole history, or an attention_mask that counts the cached "
+                "tokens, too."
+            )
         return generation
 
     def is_of(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments goes on with this call's sequences, not with others of its own."""
         if given_tokens(arguments) is None or "prompt_lengths" in arguments or "labels" in arguments:
             return False
+        if self.is_decoder:  # a call aside has the encoder run again, generate hands on what it has put out
+            return self.valid is None or arguments.get("encoder_outputs") is not None
         cache = find_cache(arguments)
         if self.cache is not None:
             return cache is self.cache
@@ -200,8 +218,10 @@ class Generation:
                 "given in chunks. Generate without it."
             )
         self.seen = self.seen if self.valid is None and cache is not None else 0
+        # Drafts may follow the prompt in the same forward.
+        columns, self.decoder_prompt = self.decoder_prompt or self.seen + tokens, None
         valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)
-        self.valid = torch.ones(1, self.seen + tokens, dtype=torch.bool) if valid is None else valid
+        self.valid = torch.ones(1, columns, dtype=torch.bool) if valid is None else valid[:, :columns]
 
     def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         """Where in the sequence the tokens of the next forward lie: first column and last + 1.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, TaskType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -19,7 +20,7 @@ from .continuous_batching import Requests
 from .generation import Family, Generation, current_generation, find_cache, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
 from .layout import edit_in_layout
-from .mixed_batch import BASE, MixedBatch, current_mixed_batch, hook_wrappers, set_mixed_batch
+from .mixed_batch import BASE, MixedBatch, current_mixed_batch, set_mixed_batch
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -45,7 +46,9 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         plan.call.see_mask(module, args, kwargs)
     is_tensor, edited = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, None
     if is_tensor:
-        edited = edit_in_layout(module, hidden_states, layer.d, plan.call.tokens, lambda h: layer(h, plan), is_signal)
+        edited = edit_in_layout(
+            layer.architecture, hidden_states, layer.d, plan.call.tokens, lambda h: layer(h, plan), is_signal
+        )
     if edited is None:
         given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
         if isinstance(hidden_states, torch.Tensor) and not is_tensor:
@@ -55,6 +58,18 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             f"tokens, {layer.d}]: name modules in target_modules that put out hidden states."
         )
     return edited if output is hidden_states else with_first(output, edited)
+
+
+def not_hidden_states(module: nn.Module, output: Any, d: int) -> ValueError:
+    """The error for what a module put out in place of hidden states."""
+    given = str(type(output))
+    if isinstance(output, torch.Tensor):
+        given = f"of shape {list(output.shape)}" if not output.is_nested else "a nested tensor"
+    return ValueError(
+        f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, tokens, "
+        f"{d}]: name modules in target_modules that put out hidden states. (Nested tensors come from "
+        "torch.nn.TransformerEncoder with enable_nested_tensor=True.)"
+    )
 
 
 def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
@@ -80,7 +95,9 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             break
         outer = outer.outer  # left behind by an interrupt
     generation = generation_of(role, arguments)
-    call = Call(role, module, module.training, arguments, generation)
+    running = current_generation()
+    is_training = module.training and (running is None or running.family is not role.family)
+    call = Call(role, module, is_training, arguments, generation)
     plans.set_plan(plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs)))
     if "prompt_lengths" not in role.argument_names:
         kwargs.pop("prompt_lengths", None)
@@ -91,7 +108,7 @@ def generation_of(role: Role, arguments: Mapping[str, Any]) -> Generation | Requ
     """What knows the prompts of a call that generates."""
     generation = current_generation()
     if generation is not None and generation.family is role.family:
-        if role.kind == "decoder" or (role.kind == "causal" and generation.is_of(arguments)):
+        if role.kind in ("causal", "decoder") and generation.is_of(arguments):
             return generation
     return Requests.of(find_cache(arguments))
 
@@ -101,13 +118,16 @@ def mixed_batch_of(
 ) -> MixedBatch | None:
     """The adapters of the rows of a call, where they differ; the model itself takes no `adapter_names`."""
     role: Role = module._reft_role  # type: ignore[assignment]
-    if kwargs.get("adapter_names") is not None:  # a PeftModel around the model would have kept them
-        return mix(module, role.family, kwargs.pop("adapter_names"))
+    names = kwargs.pop("adapter_names", None)  # a PeftModel around the model would have kept them
+    if names is not None:
+        return mix(module, role.family, names)
     mixed_batch, running = current_mixed_batch(), current_generation()
     if mixed_batch is None or mixed_batch.family is not role.family:
         return None
     is_running = running is not None and mixed_batch is running.mixed_batch
-    is_aside = is_running and generation is not running and role.kind == "causal"  # a call of its own within generate
+    is_aside = (
+        is_running and generation is not running and role.kind in ("causal", "decoder")
+    )  # a call of its own within generate
     return None if is_aside else mixed_batch
 
 
@@ -139,12 +159,15 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, plan, outer = self.model(), plans.current_plan(), current_generation()
-        mixed_batch = given = current_mixed_batch()
-        if kwargs.get("adapter_names") is not None:
-            mixed_batch = mix(model, self.family, kwargs.pop("adapter_names"))
+        mixed_batch, given = current_mixed_batch(), current_mixed_batch()
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            mixed_batch = mix(model, self.family, names)
         generation = Generation.of(model, self.family, args, kwargs)
-        if outer is not None and not generation.is_draft and mixed_batch is outer.mixed_batch:
-            mixed_batch = None
+        if outer is not None and outer.model is model and outer.mixed_batch is mixed_batch and not generation.is_draft:
+            mixed_batch = None  # its rows are not those of this call
+        if mixed_batch is not None and mixed_batch.family is self.family and generation.prompts is not None:
+            mixed_batch.repeats(generation.prompts, expanded=False)
         generation.mixed_batch = mixed_batch
         set_generation(generation)
         set_mixed_batch(mixed_batch)
@@ -177,6 +200,27 @@ def mix(model: nn.Module, family: Family, names: Any) -> MixedBatch:
         )
     hook_wrappers(model)
     return MixedBatch(family, tuple(names))
+
+
+def hook_wrappers(model: nn.Module) -> None:
+    """Have the modules that adapters train and save apart (`modules_to_save`) follow mixed batches, too."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and not hasattr(module, "_reft_names_rows"):
+            module.register_forward_pre_hook(name_rows, with_kwargs=True)
+            module._reft_names_rows = True  # type: ignore[assignment]
+
+
+def name_rows(
+    wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook: tell PEFT's wrapper which of its modules each row is for."""
+    plan = plans.current_plan()
+    batch = None if plan is None else plan.mixed_batch
+    if batch is None or wrapper.disable_adapters or not args:
+        return None
+    own, repeats = wrapper._get_available_adapters(), batch.repeats(len(args[0]), expanded=True)
+    names = [name if name in own else BASE for name in batch.names for _ in range(repeats)]
+    return args, kwargs | {"adapter_names": names}
 
 
 def family_of(model: nn.Module) -> Family:

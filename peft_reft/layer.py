@@ -27,14 +27,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     Args:
         d (`int`): width of the hidden states that the module puts out.
+        architecture (`str`): what transformers calls the model that the module is part of, which tells their layout.
     """
 
     adapter_layer_names = ("reft_unit", "reft_prefix", "reft_suffix")
     other_param_names = ("positions",)
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, architecture: str = ""):
         super().__init__()
-        self.d = d
+        self.d, self.architecture = d, architecture
         self.reft_unit = nn.ModuleDict()  # one unit for all positions of an adapter
         self.reft_prefix = nn.ModuleDict()  # or one for the first tokens
         self.reft_suffix = nn.ModuleDict()  # and one for the last

@@ -25,19 +25,22 @@ MORE_BEFORE = ("cpmant",)  # tokens of a soft prompt
 Edit = Callable[[torch.Tensor], torch.Tensor]  # of hidden states [batch, tokens, d]
 
 
-def architecture_of(module: nn.Module) -> str:
-    """The folder in transformers.models that a module's class comes from, or an empty string."""
-    path = type(module).__module__
-    return path.split(".")[2] if path.startswith("transformers.models.") else ""
+def architecture_of(model: nn.Module, name: str) -> str:
+    """The folder in transformers.models that a module of a model comes from, or an empty string."""
+    if isinstance(model.get_submodule(name), nn.Embedding):
+        return ""  # [batch, tokens, d] in any architecture
+    names = name.split(".")
+    owners = (type(model.get_submodule(".".join(names[:n]))).__module__ for n in range(len(names), -1, -1))
+    return next((path.split(".")[2] for path in owners if path.startswith("transformers.models.")), "")
 
 
 def edit_in_layout(
-    module: nn.Module, hidden_states: torch.Tensor, d: int, tokens: int | None, edit: Edit, in_one_row: bool = False
+    architecture: str, hidden_states: torch.Tensor, d: int, tokens: int | None, edit: Edit, in_one_row: bool = False
 ) -> torch.Tensor | None:
     """Edit what a module put out, whatever its layout: every stream alike, and no token that the model added.
 
     Args:
-        module (`nn.Module`): the module.
+        architecture (`str`): the folder in transformers.models that the module comes from.
         hidden_states (`torch.Tensor`): what it put out.
         d (`int`): width of the hidden states.
         tokens (`int`, *optional*): how many tokens the model was given, None if not known.
@@ -47,7 +50,7 @@ def edit_in_layout(
     Returns:
         `torch.Tensor` of the same shape, or None if these are no hidden states.
     """
-    architecture, shape = architecture_of(module), hidden_states.shape
+    shape = hidden_states.shape
     if architecture in FLAT_STREAMS and len(shape) == 3 and shape[-1] > d and shape[-1] % d == 0:
         return torch.cat([edit(stream) for stream in hidden_states.split(d, dim=-1)], dim=-1)
     if architecture in STREAMS and len(shape) == 4 and shape[-1] == d:
@@ -57,7 +60,7 @@ def edit_in_layout(
         return edit(hidden_states.unsqueeze(0)).squeeze(0)
     if len(shape) != 3 or shape[-1] != d:
         return None
-    if architecture in TOKENS_FIRST and not isinstance(module, nn.Embedding):
+    if architecture in TOKENS_FIRST:
         return edit(hidden_states.transpose(0, 1)).transpose(0, 1)
     if tokens is not None and shape[1] > tokens:
         if architecture in MORE_AFTER:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .intervention import Intervention, low_rank_edit
@@ -158,23 +157,3 @@ def current_mixed_batch() -> MixedBatch | None:
 def set_mixed_batch(mixed_batch: MixedBatch | None) -> None:
     """Make `mixed_batch` the one that models find; None ends it."""
     _local.mixed_batch = mixed_batch
-
-
-def hook_wrappers(model: nn.Module) -> None:
-    """Have the modules that adapters train and save apart (`modules_to_save`) follow mixed batches, too."""
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and not hasattr(module, "_reft_names_rows"):
-            module.register_forward_pre_hook(name_rows, with_kwargs=True)
-            module._reft_names_rows = True  # type: ignore[assignment]
-
-
-def name_rows(
-    wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook: tell PEFT's wrapper which of its modules each row is for."""
-    batch = current_mixed_batch()
-    if batch is None or wrapper.disable_adapters or not args:
-        return None
-    own, repeats = wrapper._get_available_adapters(), batch.repeats(len(args[0]), expanded=True)
-    names = [name if name in own else BASE for name in batch.names for _ in range(repeats)]
-    return args, kwargs | {"adapter_names": names}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
+from .layout import architecture_of
 from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .registration import REFT
 from .targets import find_targets, is_excluded
@@ -102,7 +103,7 @@ class ReftModel(BaseTuner):
         d, r = self._targets[current_key]
         layer = layer_of(target)
         if layer is None:
-            layer = ReftLayer(d)
+            layer = ReftLayer(d, architecture_of(self.model, current_key))
             hook_module(target, layer)
         layer.update_layer(adapter_name, r, peft_config)
         move_adapter(layer, adapter_name, target)

@@ -34,7 +34,7 @@ class Plan:
     call: Call
     outer: "Plan | None" = None
     mixed_batch: MixedBatch | None = None
-    _rows: dict[Any, dict[str, Rows] | None] = field(default_factory=dict)
+    _rows: dict[Any, list[tuple[int, int, dict[str, Rows] | None]]] = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> "Plan":
@@ -58,22 +58,30 @@ class Plan:
         Raises:
             ValueError: if the arguments do not tell where prompts end, or contradict themselves.
         """
-        key = (positions, units, batch, tokens, device)
-        if key not in self._rows:
-            if self.call.owner is None:
-                raise RuntimeError(
-                    "A module was recomputed in the backward pass with adapters that its forward did not use."
-                )
-            if self.mixed_batch is not None:
-                self.mixed_batch.repeats(batch, expanded=self.call.generation is not None)
-            spans = self.call.prompts(positions, batch, tokens, device)
-            if spans is None:
-                self._rows[key] = positions.outside_prompts(units, batch, tokens, device)
-            else:
-                masks = positions.select(spans, units)
-                most = {unit: positions.most(unit) if spans.one_prompt else None for unit in masks}
-                self._rows[key] = {unit: to_rows(mask, most[unit]) for unit, mask in masks.items()}
-        return self._rows[key]
+        # Sizes are compared, not hashed, which would have torch.compile trace anew for every length.
+        found = self._rows.setdefault((positions, units, device), [])
+        for known_batch, known_tokens, rows in found:
+            if known_batch == batch and known_tokens == tokens:
+                return rows
+        rows = self._find_rows(positions, units, batch, tokens, device)
+        found.append((batch, tokens, rows))
+        return rows
+
+    def _find_rows(
+        self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+    ) -> dict[str, Rows] | None:
+        if self.call.owner is None:
+            raise RuntimeError(
+                "A module was recomputed in the backward pass with adapters that its forward did not use."
+            )
+        if self.mixed_batch is not None:
+            self.call.check_mixed(self.mixed_batch, batch)
+        spans = self.call.prompts(positions, batch, tokens, device)
+        if spans is None:
+            return positions.outside_prompts(units, batch, tokens, device)
+        masks = positions.select(spans, units)
+        most = {unit: positions.most(unit) if spans.one_prompt else None for unit in masks}
+        return {unit: to_rows(mask, most[unit]) for unit, mask in masks.items()}
 
 
 def current_plan() -> "Plan | None":

@@ -84,6 +84,15 @@ class Positions:
         """Whether the prompt's end must be known to find them."""
         return bool(self.suffix) or self.span == "prompt"
 
+    def needs(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows whose positions need the prompt's end, and rows whose positions count from its start as well.
+
+        Returns:
+            Two `torch.BoolTensor` [batch or 1, 1].
+        """
+        need_end, prefix = (torch.full((1, 1), flag, device=device) for flag in (self.need_end, bool(self.prefix)))
+        return need_end, prefix
+
     def units(self, share_weights: bool) -> tuple[str, ...]:
         """The names of the units that edit these positions: one each for prefix and suffix, or one for all."""
         return ("prefix", "suffix") if self.prefix and self.suffix and not share_weights else ("unit",)
@@ -131,19 +140,24 @@ class PositionsOfRows:
 
     @property
     def prefix(self) -> int:
-        return max((choice.prefix for choice in self.choices if choice), default=0)
+        return max([0, *(choice.prefix for choice in self.choices if choice)])
 
     @property
     def suffix(self) -> int:
-        return max((choice.suffix for choice in self.choices if choice), default=0)
+        return max([0, *(choice.suffix for choice in self.choices if choice)])
 
     @property
     def need_end(self) -> bool:
         return any(choice.need_end for choice in self.choices if choice)
 
+    def needs(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        flags = [(choice is not None and choice.need_end, bool(choice and choice.prefix)) for choice in self.choices]
+        need_end, prefix = self._by_row(flags, batch, device).unbind(-1)
+        return need_end, prefix
+
     def most(self, unit: str) -> int | None:
         bounds = [choice.most(unit) for choice in self.choices if choice]
-        return None if None in bounds else max((bound for bound in bounds if bound is not None), default=0)
+        return None if None in bounds else max([0, *(bound for bound in bounds if bound is not None)])
 
     def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         batch, device = len(spans.valid), spans.valid.device

@@ -208,8 +208,9 @@ def before_labels(
     ended = per_sequence(ends.long(), sequences, "amax").bool()
     if positions.need_end:
         begins = answer & (rank == 0)  # with an answer: a row cut out of a longer text, or text without a prompt
+        need_end, prefix = positions.needs(len(valid), valid.device)
         check(
-            ~begins.any() if positions.prefix else (ended | ~answered | ~valid).all(),
+            ~(need_end & torch.where(prefix, begins, ~ended & answered & valid)).any(),
             f"positions='{positions.text}' need a prompt to end before the answer, but a sequence has labels from its "
             "first token on. Give labels of -100 to the prompt (TRL: prompt-completion data with "
             "completion_only_loss, or conversations with assistant_only_loss), cut no sequence before or in its "

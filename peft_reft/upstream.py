@@ -1,4 +1,4 @@
-"""Four methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
+"""Methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
 
 Each would serve the user well but for one thing, which ReFT has no other place to do.
 """
@@ -13,6 +13,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
 from .card import describe_use
+from .generation import current_generation
 from .layer import adapted_modules
 from .model import misfit
 from .registration import REFT
@@ -24,6 +25,8 @@ def complete_upstream() -> None:
     complete(PeftModel, "load_adapter", load_or_take_back)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
+    complete(GenerationMixin, "generate_batch", refuse_adapter_names)
+    complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
 
 
 def complete(cls: type, name: str, completed: Callable[..., Any]) -> None:
@@ -68,6 +71,26 @@ def load_or_take_back(
         raise
 
 
+def refuse_adapter_names(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' `generate_batch` ignores arguments that it does not know.
+
+    Raises:
+        ValueError: if an adapter for each row is asked for.
+    """
+    if kwargs.get("adapter_names") is not None and adapted_modules(model):
+        raise ValueError("generate_batch takes no adapter_names: its rows hold several requests. Use generate.")
+    return method(model, *args, **kwargs)
+
+
+def note_decoder_prompt(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Only here `generate` knows what the decoder of an encoder-decoder model begins with, apart from drafts."""
+    input_ids, model_kwargs = method(model, *args, **kwargs)
+    generation = current_generation()
+    if generation is not None and generation.model is model:
+        generation.decoder_prompt = input_ids.shape[1]
+    return input_ids, model_kwargs
+
+
 def refuse_disk(model: Any, names: Iterable[str]) -> None:
     """Raise a ValueError if a ReFT adapter is to be loaded into a model that has been put on disk in part.
 
@@ -107,7 +130,7 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
 def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """All of transformers' continuous batching begins here (`generate_batch`, too), and runs in another thread."""
     return (
-        continuous_batching.begin(method, model, *args, **kwargs)
+        continuous_batching.init_manager(method, model, *args, **kwargs)
         if adapted_modules(model)
         else method(model, *args, **kwargs)
     )
