@@ -410,6 +410,19 @@ def test_answer_after_a_cached_prompt(adapt, ids):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_new_tokens_alone_after_a_filled_cache_are_refused(adapt, ids, given):
+    """Nothing says that they are new: they would be taken for what the cache holds, and not be edited."""
+    model, by_hand = adapt(positions="l2")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :6], use_cache=True, **{CACHE: cache})
+    new = ids[:, 6:]
+    inputs = dict(input_ids=new) if given == "ids" else dict(inputs_embeds=by_hand.base.get_input_embeddings()(new))
+    with pytest.raises(ValueError, match="given 6 tokens and a cache that holds 6.*Give the whole history"):
+        model.generate(**inputs, **GREEDY, **{CACHE: cache})
+
+
 def test_static_cache_by_hand(adapt, ids):
     """Its prepared mask has a column for every token that it could hold."""
     model, by_hand = adapt(positions="f2+l2")

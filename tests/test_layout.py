@@ -13,6 +13,7 @@ from transformers import (
     LongformerConfig,
     LongformerForSequenceClassification,
     XLNetConfig,
+    XLNetForSequenceClassification,
     XLNetLMHeadModel,
 )
 from transformers.models.gemma3n import Gemma3nForCausalLM
@@ -157,3 +158,19 @@ def test_streams_of_gemma3n(ids):
         found = model(input_ids=ids).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (expected - by_hand.logits({"prefix": [], "suffix": []}, input_ids=ids)).abs().max() > 0.1
+
+
+def test_module_within_a_block_has_the_layout_of_its_model():
+    """A torch.nn.Linear of XLNet puts out tokens before rows: each row is edited as it is alone."""
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64, initializer_range=0.2)
+    base = XLNetForSequenceClassification(config).eval()
+    options = dict(task_type="SEQ_CLS", target_modules=r".*layer\.\d+\.ff\.layer_2", init_weights=False)
+    model = get_peft_model(base, ReftConfig(r=4, positions="f1", **options)).eval()
+    ids = torch.randint(5, 64, (6, 6))
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        alone = torch.cat([model(input_ids=row[None]).logits for row in ids])
+        with model.disable_adapter():
+            assert (model(input_ids=ids).logits - found).abs().max() > 1e-3
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)

@@ -10,7 +10,14 @@ from peft import get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LogitsProcessor,
+    OPTConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -283,6 +290,92 @@ def test_another_model_within_generate_keeps_its_own_adapter(model, ids, make_ot
     assert len(seen) == 6 and all(seen)
 
 
+def test_generate_that_hands_on_to_an_inner_model():
+    """BLIP-2 gives what it makes of its prompt to its language model's own generate."""
+    torch.manual_seed(0)
+    layers = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    text = dict(vocab_size=64, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.2)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    config = Blip2Config(
+        vision_config=dict(intermediate_size=64, image_size=8, patch_size=4, **layers),
+        qformer_config=dict(intermediate_size=64, encoder_hidden_size=32, vocab_size=64, **layers),
+        text_config=OPTConfig(**layers, **text, **special).to_dict(),
+        num_query_tokens=4,
+        image_token_id=5,
+        initializer_range=0.2,
+    )
+    names = ["last", BASE, "ends"]
+    adapters = {name: ADAPTERS[name] | dict(target_modules=r".*decoder\.layers\.\d+") for name in ("ends", "last")}
+    adapters["last"].pop("layers_to_transform")
+    model = add_adapters(Blip2ForConditionalGeneration(config).eval(), adapters)
+    ids = torch.cat([torch.full((3, 4), 5), torch.randint(6, VOCABULARY, (3, 8))], dim=1)
+    inputs = dict(input_ids=ids, pixel_values=torch.randn(3, 3, 8, 8), attention_mask=torch.ones_like(ids))
+    found = model.generate(**inputs, adapter_names=names, **GREEDY)
+    rows = [alone(model, name, lambda: model.generate(**inputs, **GREEDY))[row] for row, name in enumerate(names)]
+    assert torch.equal(found, torch.stack(rows))
+    assert not torch.equal(found, alone(model, BASE, lambda: model.generate(**inputs, **GREEDY)))
+
+
+def test_images_are_refused_under_different_adapters():
+    """A row may have several images or none, so their number does not tell whose they are."""
+    torch.manual_seed(0)
+    layers = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(image_size=16, patch_size=4, **layers)
+    text = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **layers)
+    base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
+    tower = dict(target_modules=r".*vision_tower.*layers\.\d+", positions="f2+l2", r=2)
+    model = add_adapters(base.eval(), {"one": tower, "two": tower})
+    ids, _ = make_rows(2, tokens=40)
+    ids[:] = ids.clamp(max=60)
+    ids[0, 2:34] = 63
+    inputs = dict(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="cannot tell to which row of the text each belongs"):
+        model(**inputs, adapter_names=["one", "two"])
+    with torch.no_grad():
+        found = model(**inputs, adapter_names=["two", "two"]).logits
+        model.set_adapter("two")
+        torch.testing.assert_close(found, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_follow_the_call(ids):
+    """Without a PeftModel around the model, and in a call of its own within generate."""
+    adapters = {name: ADAPTERS[name] | dict(modules_to_save=["lm_head"]) for name in ("ends", "last")}
+    model = add_adapters(make_llama(), adapters)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.last" in name:
+            torch.nn.init.normal_(parameter)
+    base, names, seen = model.get_base_model(), ["last", "ends"], []
+    with torch.no_grad():
+        expected, active = model(input_ids=ids, adapter_names=names).logits, model(input_ids=ids).logits
+        assert torch.equal(base(input_ids=ids, adapter_names=names).logits, expected)
+
+    class Calls(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(torch.equal(base(input_ids=ids).logits, active))
+            return scores
+
+    model.generate(input_ids=ids, adapter_names=names, logits_processor=[Calls()], **GREEDY)
+    assert len(seen) == 6 and all(seen) and not torch.equal(active, expected)
+
+
+def test_rows_that_need_no_end_may_lack_one(model, ids):
+    """Each row's labels are asked for what its own adapter needs."""
+    labels = labels_of(ids, [(0, 12)], [(5, 12)])
+    for name in ("first", "all", BASE):
+        with torch.no_grad():
+            found = model(input_ids=ids, labels=labels, adapter_names=[name, "ends"]).logits
+        own = dict(input_ids=ids[:1], labels=labels[:1])
+        expected = alone(model, name, lambda own=own: model(**own).logits)
+        torch.testing.assert_close(found[:1], expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="labels from its first token on"):
+        model(input_ids=ids, labels=labels, adapter_names=["ends", "first"])
+
+
+def test_continuous_batching_takes_no_names(model):
+    with pytest.raises(ValueError, match="generate_batch takes no adapter_names"):
+        model.generate_batch([[3, 4, 5]], adapter_names=["ends"])
+
+
 def test_threads_have_mixed_batches_of_their_own(model, ids):
     batches = [["ends", "last"], ["all", BASE], [BASE, "first"], None]
     generate = lambda names: model.generate(input_ids=ids, adapter_names=names, **GREEDY)  # noqa: E731
@@ -315,9 +408,10 @@ def test_wrong_names(model, ids, names, message):
     assert current_mixed_batch() is None
 
 
-def test_names_that_do_not_fit_the_prompts(model, ids):
-    with pytest.raises(ValueError, match="names 3 adapters, but the model is given 2 rows"):
-        model.generate(input_ids=ids, adapter_names=["ends"] * 3, **GREEDY)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_names_that_do_not_fit_the_prompts(model, ids, count):
+    with pytest.raises(ValueError, match=f"names {count} adapters, but the model is given 2 rows"):
+        model.generate(input_ids=ids, adapter_names=["ends"] * count, num_beams=2, **GREEDY)
     assert current_mixed_batch() is None
 
 

@@ -232,6 +232,21 @@ def test_compiled_in_one_graph_for_all_prompts(adapt, ids, positions):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_compiled_anew_for_other_lengths_no_more_often_than_the_base(adapt, ids, positions):
+    model, by_hand = adapt(positions=positions)
+    counts = []
+    for each in (by_hand.base, model):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(each.train(), fullgraph=True, backend=counter)
+        for length in (12, 11, 10, 9):
+            labels = labels_of(ids, [(5, 12)], [(8, 12)])[:, :length]
+            compiled(input_ids=ids[:, :length], labels=labels)
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[0] < 4
+
+
 @pytest.mark.slow
 def test_exported(adapt, ids):
     """The program finds the prompts of other masks than those that it was exported with."""

@@ -15,6 +15,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GPT2Config,
+    LogitsProcessor,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     VisionEncoderDecoderConfig,
@@ -186,18 +187,57 @@ def test_decoder_in_generation(ids, family, how):
     assert_generates(model, by_hand, columns, **inputs)
 
 
-def test_decoder_that_drafts(ids):
-    """Assisted decoding gives the decoder several tokens at once: they are no prompt."""
+@pytest.mark.parametrize("by", ["assistant", "lookup"])
+@pytest.mark.parametrize(
+    ("positions", "columns"),
+    [
+        ("prompt", {"unit": [[0, 1, 2, 3, 4]]}),
+        ("l1", {"unit": [[4]]}),
+        ("f2+l2", {"prefix": [[0, 1]], "suffix": [[3, 4]]}),
+    ],
+)
+def test_decoder_that_drafts(ids, positions, columns, by):
+    """Assisted decoding gives the decoder its prompt and drafts at once: drafts are no prompt."""
     base = make("t5")
     torch.manual_seed(5)
     assistant = copy.deepcopy(base)
     for parameter in assistant.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    model, by_hand = adapt(base, positions="prompt", target_modules=DECODER_BLOCKS)
-    inputs = dict(input_ids=ids[:1])
-    with by_hand.edits({"unit": [[0]]}):
+    how = dict(num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0)
+    assistant.generation_config.update(**how)
+    model, by_hand = adapt(base, positions=positions, target_modules=DECODER_BLOCKS)
+    prompt = torch.tensor([[0, 7, 8, 7, 8]])  # whose end comes again, so that lookup finds drafts
+    inputs = dict(input_ids=ids[:1], decoder_input_ids=prompt)
+    with by_hand.edits(columns):
         expected = base.generate(**inputs, **GREEDY, use_cache=False).sequences
-    assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant).sequences, expected)
+    drafts = dict(assistant_model=assistant) if by == "assistant" else dict(prompt_lookup_num_tokens=3)
+    lengths = []
+    model.get_base_model().get_decoder().register_forward_hook(lambda *args: lengths.append(args[2][0].shape[1]))
+    assert torch.equal(model.generate(**inputs, **GREEDY, **drafts).sequences, expected)
+    assert lengths[0] >= 5 + 2, "too few drafts to be taken for a prompt"
+    assert not torch.equal(base.generate(**inputs, **GREEDY).sequences, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_calls_within_generate_have_prompts_of_their_own(ids, use_cache):
+    """A forward that a logits processor makes, with and without labels, changes nothing and is not changed."""
+    model, by_hand = adapt(make("bart"), positions="l1", target_modules=DECODER_BLOCKS)
+    labels = ids[:, :5].clone()
+    labels[:, :2] = -100
+    start = torch.cat([torch.full((2, 1), model.config.decoder_start_token_id), ids[:, 5:8]], dim=1)
+    calls = (dict(input_ids=ids, labels=labels), dict(input_ids=ids, decoder_input_ids=start))
+    with torch.no_grad():
+        expected = [model(**call).logits for call in calls]
+        tokens = model.generate(input_ids=ids, **GREEDY, use_cache=use_cache).sequences
+    seen = []
+
+    class Calls(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.extend(torch.equal(model(**call).logits, own) for call, own in zip(calls, expected, strict=True))
+            return scores
+
+    found = model.generate(input_ids=ids, **GREEDY, use_cache=use_cache, logits_processor=[Calls()]).sequences
+    assert torch.equal(found, tokens) and len(seen) == 10 and all(seen)
 
 
 def test_decoder_prompt_that_is_partly_cached(ids):
