@@ -124,11 +124,9 @@ def mixed_batch_of(
     mixed_batch, running = current_mixed_batch(), current_generation()
     if mixed_batch is None or mixed_batch.family is not role.family:
         return None
-    is_running = running is not None and mixed_batch is running.mixed_batch
-    is_aside = (
-        is_running and generation is not running and role.kind in ("causal", "decoder")
-    )  # a call of its own within generate
-    return None if is_aside else mixed_batch
+    if running is None or generation is running or mixed_batch is not running.mixed_batch:
+        return mixed_batch
+    return None if role.kind in ("causal", "decoder") else mixed_batch  # None for a call of its own within generate
 
 
 def end_call(module: nn.Module, args: tuple, output: Any) -> None:
@@ -159,10 +157,9 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, plan, outer = self.model(), plans.current_plan(), current_generation()
-        mixed_batch, given = current_mixed_batch(), current_mixed_batch()
+        outer_mixed_batch = current_mixed_batch()
         names = kwargs.pop("adapter_names", None)
-        if names is not None:
-            mixed_batch = mix(model, self.family, names)
+        mixed_batch = outer_mixed_batch if names is None else mix(model, self.family, names)
         generation = Generation.of(model, self.family, args, kwargs)
         if outer is not None and outer.model is model and outer.mixed_batch is mixed_batch and not generation.is_draft:
             mixed_batch = None  # its rows are not those of this call
@@ -177,7 +174,7 @@ class Generate:
             return type(model).generate(model, *args, **kwargs)
         finally:
             set_generation(outer)
-            set_mixed_batch(given)
+            set_mixed_batch(outer_mixed_batch)
             plans.set_plan(plan)  # after an interrupt, too
 
 
