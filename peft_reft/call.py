@@ -103,8 +103,8 @@ class Call:
     def contains(self, role: Role, arguments: Mapping[str, Any]) -> bool:
         """Whether a module that is called now is part of this call.
 
-        An interrupt can leave the plan of a call behind that has ended, so this must be certain: the module lies
-        deeper in the same model, on the same sequence, and is given no other ids.
+        An interrupt can leave the plan of a call behind that has ended, so it is not enough that the module lies
+        deeper in the same model, on the same sequence: it must be given no other ids. (Embeddings cannot tell.)
         """
         ids, own_ids = arguments.get("input_ids"), self.arguments.get("input_ids")
         is_within = role.family is self.role.family and role.depth > self.role.depth

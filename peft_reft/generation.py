@@ -150,14 +150,8 @@ class Generation:
             generation.input_ids = inputs
         if generation.is_draft and cache in _drafts:
             generation.valid = _drafts[cache]  # what was generated since is no prompt
-        elif kwargs.get("attention_mask") is not None:
-            generation.valid = kwargs["attention_mask"].bool()
-        elif generation.input_ids is not None:  # beside embeddings, too
-            pad, eos = _option(configs, "pad_token_id"), _option(configs, "eos_token_id")
-            is_told = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])  # as generate decides
-            generation.valid = generation.input_ids != (pad if is_told else -1)
-        elif kwargs.get("inputs_embeds") is not None:
-            generation.valid = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.bool)
+        else:
+            generation.valid = _valid_prompt(generation.input_ids, kwargs, configs)
         columns = generation.seen + 1 if generation.valid is None else generation.valid.shape[1]
         if columns <= generation.seen and not generation.is_draft:
             raise ValueError(
@@ -262,6 +256,20 @@ class Generation:
         parts = (valid[:, start:end], rank[:, start:end], whole.prefix_length)
         valid, rank, length = (part.to(device).repeat_interleave(batch // len(part), dim=0) for part in parts)
         return Spans(valid, rank, length, length, one_prompt=True)
+
+
+def _valid_prompt(
+    input_ids: torch.Tensor | None, kwargs: Mapping[str, Any], configs: list[Mapping[str, Any]]
+) -> torch.Tensor | None:
+    """Which tokens that `generate` was given are no padding [batch, tokens], as it decides; None without any."""
+    if kwargs.get("attention_mask") is not None:
+        return kwargs["attention_mask"].bool()
+    if input_ids is not None:  # beside embeddings, too
+        pad, eos = _option(configs, "pad_token_id"), _option(configs, "eos_token_id")
+        is_told = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
+        return input_ids != (pad if is_told else -1)
+    embeddings = kwargs.get("inputs_embeds")
+    return None if embeddings is None else torch.ones(embeddings.shape[:2], dtype=torch.bool)
 
 
 def _option(configs: list[Mapping[str, Any]], name: str) -> Any:
