@@ -95,9 +95,7 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             break
         outer = outer.outer  # left behind by an interrupt
     generation = generation_of(role, arguments)
-    running = current_generation()
-    is_training = module.training and (running is None or running.family is not role.family)
-    call = Call(role, module, is_training, arguments, generation)
+    call = Call(role, module, module.training, arguments, generation)
     plans.set_plan(plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs)))
     if "prompt_lengths" not in role.argument_names:
         kwargs.pop("prompt_lengths", None)
