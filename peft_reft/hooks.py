@@ -44,19 +44,12 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     is_signal = plan.call.role.kind == "signal"
     if is_signal:
         plan.call.see_mask(module, args, kwargs)
-    is_tensor, edited = isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested, None
-    if is_tensor:
-        edited = edit_in_layout(
-            layer.architecture, hidden_states, layer.d, plan.call.tokens, lambda h: layer(h, plan), is_signal
-        )
+    edited = None
+    if isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested:
+        how = (layer.architecture, hidden_states, layer.d, plan.call.tokens)
+        edited = edit_in_layout(*how, edit=lambda h: layer(h, plan), in_one_row=is_signal)
     if edited is None:
-        given = f"of shape {list(hidden_states.shape)}" if is_tensor else type(hidden_states)
-        if isinstance(hidden_states, torch.Tensor) and not is_tensor:
-            given = "a nested tensor (which torch.nn.TransformerEncoder does with enable_nested_tensor=True)"
-        raise ValueError(
-            f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, "
-            f"tokens, {layer.d}]: name modules in target_modules that put out hidden states."
-        )
+        raise not_hidden_states(module, hidden_states, layer.d)
     return edited if output is hidden_states else with_first(output, edited)
 
 
