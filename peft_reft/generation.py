@@ -84,16 +84,12 @@ class Generation:
         input_ids (`torch.LongTensor` [batch, tokens], *optional*): the prompt, where it was given as ids; without a
             cache, as the first forward was given it.
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
-            first forward is given: an encoder-decoder model's decoder begins with tokens that `generate` chooses.
+            first forward is given.
         seen (`int`): tokens that have been processed; at first those that the cache holds.
         is_cached (`bool`): whether forwards are given what follows a cache, rather than all tokens so far.
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
-        is_decoder (`bool`): whether forwards are those of the decoder of an encoder-decoder model.
-        decoder_prompt (`int`, *optional*): how many tokens `generate` has just made the decoder begin with.
-        chunk_size (`int`, *optional*): of a prompt that comes in chunks.
-        encoded: what the encoder put out for a decoder without a cache.
     """
 
     family: Family
@@ -106,10 +102,6 @@ class Generation:
     is_draft: bool = False
     cache: Any = None
     mixed_batch: MixedBatch | None = None
-    is_decoder: bool = False
-    decoder_prompt: int | None = None
-    chunk_size: int | None = None
-    encoded: Any = None
 
     @classmethod
     def of(cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":
@@ -132,7 +124,8 @@ class Generation:
                 "call, which ReFT does not tell from the first. Generate without it, or with the adapter disabled."
             )
         cache = find_cache(kwargs)
-        generation = cls(
+        kind = DecoderGeneration if model.config.is_encoder_decoder else cls
+        generation = kind(
             family,
             model,
             seen=int(cached_tokens(cache) or 0),
@@ -143,8 +136,8 @@ class Generation:
         inputs = next((given for given in possible if given is not None), None)
         rows = (inputs, *(kwargs.get(name) for name in ("inputs_embeds", "input_features", "pixel_values")))
         generation.prompts = next((len(given) for given in rows if given is not None), None)
-        if model.config.is_encoder_decoder:
-            generation.is_decoder, generation.chunk_size = True, _option(configs, "prefill_chunk_size")
+        if isinstance(generation, DecoderGeneration):
+            generation.chunk_size = _option(configs, "prefill_chunk_size")
             return generation
         if inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0 and not inputs.is_floating_point():
             generation.input_ids = inputs
@@ -163,10 +156,8 @@ class Generation:
 
     def is_of(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a forward with these arguments goes on with this call's sequences, not with others of its own."""
-        if given_tokens(arguments) is None or "prompt_lengths" in arguments or "labels" in arguments:
+        if _is_no_step(arguments):
             return False
-        if self.is_decoder:  # a call aside has the encoder run again, generate hands on what it has put out
-            return self.valid is None or arguments.get("encoder_outputs") is not None
         cache = find_cache(arguments)
         if self.cache is not None:
             return cache is self.cache
@@ -188,35 +179,6 @@ class Generation:
             return True  # of a model that keeps its state elsewhere
         return torch.equal(input_ids[:, : own.shape[1]], own)
 
-    def _begin(self, arguments: Mapping[str, Any]) -> None:
-        """Take a decoder's prompt from the forward that it begins with.
-
-        One call may begin several: Whisper's `generate` asks for the language first, and then goes from segment to
-        segment.
-
-        Raises:
-            ValueError: if the prompt comes in chunks.
-        """
-        cache, tokens = find_cache(arguments), given_tokens(arguments) or 0
-        cached = cached_tokens(cache)  # in a static cache that is in use a tensor, at which looking would wait
-        is_new = isinstance(cached, int) and cached == 0
-        if cache is None:
-            encoded, self.encoded = self.encoded, arguments.get("encoder_outputs")
-            is_new = tokens != self.seen + 1 or encoded is not self.encoded
-        self.cache = cache
-        if self.valid is not None and not is_new:
-            return
-        if self.chunk_size is not None:
-            raise ValueError(
-                f"prefill_chunk_size={self.chunk_size}: ReFT cannot tell where the prompt of a decoder ends that is "
-                "given in chunks. Generate without it."
-            )
-        self.seen = self.seen if self.valid is None and cache is not None else 0
-        # Drafts may follow the prompt in the same forward.
-        columns, self.decoder_prompt = self.decoder_prompt or self.seen + tokens, None
-        valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)
-        self.valid = torch.ones(1, columns, dtype=torch.bool) if valid is None else valid[:, :columns]
-
     def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
         """Where in the sequence the tokens of the next forward lie: first column and last + 1.
 
@@ -224,8 +186,6 @@ class Generation:
         that comes in chunks, or partly from a cache, is edited at the same tokens as one that comes whole.
         """
         tokens = given_tokens(arguments) or 0
-        if self.is_decoder:
-            self._begin(arguments)
         if self.valid is None:
             self.valid = torch.ones(1, tokens, dtype=torch.bool)
         prompt = self.valid.shape[1]
@@ -258,6 +218,59 @@ class Generation:
         return Spans(valid, rank, length, length, one_prompt=True)
 
 
+@dataclass
+class DecoderGeneration(Generation):
+    """One call of `generate` of an encoder-decoder model, whose decoder begins with tokens that `generate` chooses.
+
+    One call may begin several prompts: Whisper's asks for the language first, and then goes from segment to segment.
+
+    Attributes:
+        begins_with (`int`, *optional*): how many tokens `generate` has just made the decoder begin with.
+        chunk_size (`int`, *optional*): of a prompt that comes in chunks.
+        encoded: what the encoder put out for a decoder without a cache.
+    """
+
+    begins_with: int | None = None
+    chunk_size: int | None = None
+    encoded: Any = None
+
+    def is_of(self, arguments: Mapping[str, Any]) -> bool:
+        if _is_no_step(arguments):
+            return False
+        # A call aside has the encoder run again, generate hands on what it has put out.
+        return self.valid is None or arguments.get("encoder_outputs") is not None
+
+    def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+        self._begin(arguments)
+        return super().window(arguments)
+
+    def _begin(self, arguments: Mapping[str, Any]) -> None:
+        """Take the prompt from a forward that begins one.
+
+        Raises:
+            ValueError: if the prompt comes in chunks.
+        """
+        cache, tokens = find_cache(arguments), given_tokens(arguments) or 0
+        cached = cached_tokens(cache)  # in a static cache that is in use a tensor, at which looking would wait
+        is_new = isinstance(cached, int) and cached == 0
+        if cache is None:
+            encoded, self.encoded = self.encoded, arguments.get("encoder_outputs")
+            is_new = tokens != self.seen + 1 or encoded is not self.encoded
+        self.cache = cache
+        if self.valid is not None and not is_new:
+            return
+        if self.chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={self.chunk_size}: ReFT cannot tell where the prompt of a decoder ends that is "
+                "given in chunks. Generate without it."
+            )
+        self.seen = self.seen if self.valid is None and cache is not None else 0
+        # Drafts may follow the prompt in the same forward.
+        columns, self.begins_with = self.begins_with or self.seen + tokens, None
+        valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)
+        self.valid = torch.ones(1, columns, dtype=torch.bool) if valid is None else valid[:, :columns]
+
+
 def _valid_prompt(
     input_ids: torch.Tensor | None, kwargs: Mapping[str, Any], configs: list[Mapping[str, Any]]
 ) -> torch.Tensor | None:
@@ -270,6 +283,11 @@ def _valid_prompt(
         return input_ids != (pad if is_told else -1)
     embeddings = kwargs.get("inputs_embeds")
     return None if embeddings is None else torch.ones(embeddings.shape[:2], dtype=torch.bool)
+
+
+def _is_no_step(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward is no step of a generation: it is given no text, or told where its prompts end."""
+    return given_tokens(arguments) is None or "prompt_lengths" in arguments or "labels" in arguments
 
 
 def _option(configs: list[Mapping[str, Any]], name: str) -> Any:

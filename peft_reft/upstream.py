@@ -13,7 +13,7 @@ from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
 from .card import describe_use
-from .generation import current_generation
+from .generation import DecoderGeneration, current_generation
 from .layer import adapted_modules
 from .model import misfit
 from .registration import REFT
@@ -86,8 +86,8 @@ def note_decoder_prompt(method: Callable[..., Any], model: Any, *args: Any, **kw
     """Only here `generate` knows what the decoder of an encoder-decoder model begins with, apart from drafts."""
     input_ids, model_kwargs = method(model, *args, **kwargs)
     generation = current_generation()
-    if generation is not None and generation.model is model:
-        generation.decoder_prompt = input_ids.shape[1]
+    if isinstance(generation, DecoderGeneration) and generation.model is model:
+        generation.begins_with = input_ids.shape[1]
     return input_ids, model_kwargs
 
 
