@@ -174,10 +174,7 @@ class Call:
         if tokens == 1 and lengths is None and not (isinstance(past, int) and past == 0):
             return None  # one token after others goes on with an answer
         past = int(past or 0)
-        valid = valid_tokens(arguments.get("attention_mask"), past, tokens, self.continues)
-        if valid is None:
-            valid = torch.ones(batch, past + tokens, dtype=torch.bool, device=device)
-        valid = valid.to(device).expand(batch, -1)
+        valid = self._valid(arguments.get("attention_mask"), past, batch, tokens, device)
         sequences = sequence_ids(arguments, valid) if not past else None
         labels = arguments.get("labels")
         if not self.continues or labels is None or tuple(labels.shape) != (batch, tokens):
@@ -230,10 +227,14 @@ class Call:
                     "so ReFT cannot tell which are padding: adapt blocks, which are given a mask of their own.",
                 )
                 mask = None
-        valid = valid_tokens(mask, 0, tokens, is_causal=False)
+        return whole_sequences(self._valid(mask, 0, batch, tokens, device))
+
+    def _valid(self, mask: Any, past: int, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """Which tokens are no padding [batch, past + tokens]; all, where no mask tells."""
+        valid = valid_tokens(mask, past, tokens, self.continues)
         if valid is None:
-            valid = torch.ones(batch, tokens, dtype=torch.bool)
-        return whole_sequences(valid.to(device).expand(batch, -1))
+            valid = torch.ones(batch, past + tokens, dtype=torch.bool, device=device)
+        return valid.to(device).expand(batch, -1)
 
     def _no_end(self, positions: AnyPositions) -> str:
         message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "

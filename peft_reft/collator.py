@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .spans import IGNORED_LABEL, ranks, sequence_ids, valid_before
+from .spans import IGNORED_LABEL, answer_starts, ranks, sequence_ids
 
 
 @dataclass
@@ -64,9 +64,7 @@ def find_prompt_lengths(batch: MutableMapping[str, Any]) -> torch.Tensor:
             "Train without packing and padding_free, or override compute_loss so that the model is called with the "
             "labels."
         )
-    rank, before = ranks(valid, None), valid_before(valid)
-    answer = (labels != IGNORED_LABEL) & valid
-    starts = answer & ~(answer.gather(1, before.clamp(min=0)) & (before >= 0))
+    rank, starts = ranks(valid, None), answer_starts((labels != IGNORED_LABEL) & valid, valid)
     if (starts & (rank == 0)).any():
         raise ValueError(
             "The data collator gave a row with labels from its first token on, so that it has no prompt. Give labels "

@@ -11,6 +11,18 @@ from .config import Variant
 from .orthogonal import orthonormal_rows
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which an edit is computed in the dtype that it chooses."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)  # there is none for meta
+
+
+def projections(weight: torch.Tensor, orthonormal: bool) -> torch.Tensor:
+    """The projections that are used for trained `R` [..., r, d], in float32 at least."""
+    if orthonormal:
+        return orthonormal_rows(weight)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def low_rank_edit(
     h: torch.Tensor,
     projection: torch.Tensor,
@@ -95,9 +107,7 @@ class Intervention(nn.Module):
 
     def projection(self) -> torch.Tensor:
         """The projection R [r, d] that is used, in float32 at least."""
-        if self.variant.orthonormal:
-            return orthonormal_rows(self.R)
-        return self.R.to(torch.promote_types(self.R.dtype, torch.float32))
+        return projections(self.R, self.variant.orthonormal)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Edit hidden states.
@@ -108,8 +118,7 @@ class Intervention(nn.Module):
         Returns:
             `torch.Tensor` [..., d]: h', in the dtype of `hidden_states`, computed in float32 at least.
         """
-        device = hidden_states.device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # there is none for meta
+        with without_autocast(hidden_states.device):
             projection = self.projection()
             dtype = torch.promote_types(hidden_states.dtype, projection.dtype)
             h, projection, b = hidden_states.to(dtype), projection.to(dtype), self.b.to(dtype)

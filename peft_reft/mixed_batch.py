@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .intervention import Intervention, low_rank_edit
-from .orthogonal import orthonormal_rows
+from .intervention import Intervention, low_rank_edit, projections, without_autocast
 from .positions import Positions, PositionsOfRows
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class UnitsOfRows:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Edit hidden states [batch, n, d], a multiple of the rows in the batch, as `Intervention.forward` does."""
         choices = self.choices.repeat_interleave(len(hidden_states) // len(self.choices))
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             dtype = torch.promote_types(hidden_states.dtype, self.projection.dtype)
             projection, weight, b = (t[choices].to(dtype) for t in (self.projection, self.weight, self.b))
             subtracted = None if self.subtracted is None else self.subtracted[choices].to(dtype)
@@ -83,13 +82,12 @@ def _alike(units: Sequence[Intervention]) -> Iterable[list[int]]:
 def _stack(units: Sequence[Intervention], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projections and weights [units, rank, d] and biases [units, rank], with zeros up to the rank."""
     rows = torch.stack([unit.R for unit in units])
-    projection = orthonormal_rows(rows) if units[0].variant.orthonormal else rows
+    projection = projections(rows, units[0].variant.orthonormal)
     weight = torch.stack([torch.zeros_like(unit.R) if unit.W is None else unit.W for unit in units])
     b = torch.stack([unit.b for unit in units])
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    missing = rank - rows.shape[1]
+    dtype, missing = projection.dtype, rank - rows.shape[1]
     return (
-        nn.functional.pad(projection.to(dtype), (0, 0, 0, missing)),
+        nn.functional.pad(projection, (0, 0, 0, missing)),
         nn.functional.pad(weight.to(dtype), (0, 0, 0, missing)),
         nn.functional.pad(b.to(dtype), (0, missing)),
     )

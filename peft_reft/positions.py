@@ -5,8 +5,8 @@
 """
 
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -133,6 +133,7 @@ class PositionsOfRows:
     """
 
     choices: tuple[Positions | None, ...]
+    _tensors: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def text(self) -> str:
@@ -152,7 +153,7 @@ class PositionsOfRows:
 
     def needs(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         flags = [(choice is not None and choice.need_end, bool(choice and choice.prefix)) for choice in self.choices]
-        need_end, prefix = self._by_row(flags, batch, device).unbind(-1)
+        need_end, prefix = self._by_row("needs", flags, batch, device).unbind(-1)
         return need_end, prefix
 
     def most(self, unit: str) -> int | None:
@@ -162,7 +163,7 @@ class PositionsOfRows:
     def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         batch, device = len(spans.valid), spans.valid.device
         counts = [(0, 0) if choice is None or choice.span == "all" else choice.counts for choice in self.choices]
-        prefix, suffix = self._by_row(counts, batch, device).unbind(-1)
+        prefix, suffix = self._by_row("counts", counts, batch, device).unbind(-1)
         masks, everywhere = mark(spans, prefix, suffix, units), self._everywhere(batch, device)
         return masks if everywhere is None else masks | {units[-1]: masks[units[-1]] | (spans.valid & everywhere)}
 
@@ -175,11 +176,15 @@ class PositionsOfRows:
     def _everywhere(self, batch: int, device: torch.device) -> torch.Tensor | None:
         """The rows whose every token is edited [batch, 1]; None if there is no such row."""
         chosen = [choice is not None and choice.span == "all" for choice in self.choices]
-        return self._by_row(chosen, batch, device) if any(chosen) else None
+        return self._by_row("everywhere", chosen, batch, device) if any(chosen) else None
 
-    def _by_row(self, values: list, batch: int, device: torch.device) -> torch.Tensor:
-        """A value of each choice, as a tensor [batch, 1, ...]."""
-        return torch.tensor(values, device=device).repeat_interleave(batch // len(values), dim=0).unsqueeze(1)
+    def _by_row(self, name: str, values: list, batch: int, device: torch.device) -> torch.Tensor:
+        """A value of each choice, as a tensor [batch, 1, ...] that is made once: decoding asks at every step."""
+        key = (name, batch, device)
+        if key not in self._tensors:
+            tensor = torch.tensor(values, device=device)
+            self._tensors[key] = tensor.repeat_interleave(batch // len(values), dim=0).unsqueeze(1)
+        return self._tensors[key]
 
 
 AnyPositions = Positions | PositionsOfRows

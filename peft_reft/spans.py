@@ -82,6 +82,12 @@ def valid_before(valid: torch.Tensor) -> torch.Tensor:
     return torch.cat([last.new_full((len(last), 1), -1), last[:, :-1]], dim=1)
 
 
+def answer_starts(answer: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The first token of each run of an answer [batch, tokens], padding left out."""
+    before = valid_before(valid)
+    return answer & ~(answer.gather(1, before.clamp(min=0)) & (before >= 0))
+
+
 def sequence_ids(arguments: Mapping[str, Any], valid: torch.Tensor) -> torch.Tensor | None:
     """Which of the sequences that are packed in a row a token belongs to.
 
@@ -199,9 +205,7 @@ def before_labels(
         first = sequences.masked_fill(~valid, columns).amin(1, keepdim=True)
         several = (sequences.amax(1, keepdim=True) > first) | packed
         answer = answer | ((rank == 0) & valid & several & answer.roll(-1, dims=1))
-    before = valid_before(valid)
-    after_answer = answer.gather(1, before.clamp(min=0)) & (before >= 0)
-    ends = answer & (rank > 0) & ~after_answer
+    ends = answer_starts(answer, valid) & (rank > 0)
 
     length = per_sequence(valid.long(), sequences, "sum")
     answered = per_sequence(answer.long(), sequences, "amax").bool()

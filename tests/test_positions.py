@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_reft.positions import Positions, Spans, to_rows
+from peft_reft.positions import Positions, PositionsOfRows, Spans, to_rows
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,25 @@ def test_rows_hold_the_marked_columns_and_no_column_twice():
         assert len(set(indices[row].tolist())) == 3
     assert to_rows(mask, 6).indices is None
     assert to_rows(mask, None).indices is None
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_positions_of_rows_are_those_of_each(asked_before):
+    """Whatever was asked of them before, for as many rows as prompts were expanded to."""
+    choices = [Positions.parse(text) for text in ("f1+l1", "l2", "all", "prompt")] + [None]
+    rows = PositionsOfRows(tuple(choices))
+    device = torch.device("cpu")
+    if asked_before:
+        need_end, prefix = rows.needs(10, device)
+        assert need_end[:, 0].tolist() == [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2
+        assert prefix[:, 0].tolist() == [True] * 2 + [False] * 8
+        rows.outside_prompts(("prefix", "suffix"), 10, 6, device)
+    length = torch.full((10, 1), 5)
+    spans = Spans(torch.ones(10, 6, dtype=torch.bool), torch.arange(6).expand(10, -1), length, length)
+    found = rows.select(spans, ("prefix", "suffix"))
+    expected = {
+        "prefix": [[0], [], [], [], []],
+        "suffix": [[4], [3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4], []],
+    }
+    for unit, columns in expected.items():
+        assert [row.nonzero()[:, 0].tolist() for row in found[unit]] == [each for each in columns for _ in range(2)]
