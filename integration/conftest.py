@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from by_hand import make_llama
+import torch
+from by_hand import make_llama, random_ids
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,12 @@ WORDS = [
     "please",
     "of",
 ]
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Two rows of twelve tokens, none of them padding."""
+    return random_ids()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,18 @@ VOCABULARY = 64
 IGNORED = -100
 CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
+# A tiny encoder without dropout
+ENCODER = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    initializer_range=0.2,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+
 # Prompt and answer in one row: row 0 has a prompt of 5 tokens, row 1 of 8
 TWO = dict(answers=([(5, 12)], [(8, 12)]))
 MASK = torch.tensor([[1] * 12, [0] * 4 + [1] * 8])

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from by_hand import GREEDY, MASK, VOCABULARY, labels_of, make_gpt2, make_llama
+from by_hand import ENCODER, GREEDY, MASK, VOCABULARY, labels_of, make_gpt2, make_llama
 from peft import get_peft_model
 from transformers import (
     BertConfig,
@@ -57,10 +57,9 @@ def model():
     return add_adapters(make_llama())
 
 
-def make_bert(num_labels=3):
+def make_bert():
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=64)
-    return BertForSequenceClassification(BertConfig(initializer_range=0.2, num_labels=num_labels, **shape)).eval()
+    return BertForSequenceClassification(BertConfig(**ENCODER | dict(num_hidden_layers=3, num_labels=3))).eval()
 
 
 def make_rows(rows, tokens=12, padded=True):

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from by_hand import VOCABULARY, ByHand, make_llama
+from by_hand import ENCODER, VOCABULARY, ByHand, make_llama
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -571,16 +571,6 @@ def test_resized_embeddings(saved, ids):
 
 # Encoders, through every Auto class
 
-BERT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
-    initializer_range=0.2,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
 KINDS = {
     "SEQ_CLS": (BertForSequenceClassification, AutoPeftModelForSequenceClassification, torch.tensor([0, 1])),
     "TOKEN_CLS": (BertForTokenClassification, AutoPeftModelForTokenClassification, None),
@@ -600,7 +590,7 @@ def test_encoders(tmp_path, ids, task):
     """The whole input is the prompt, whatever the labels are, in training as in use."""
     model_class, auto_class, labels = KINDS[task]
     torch.manual_seed(0)
-    base = model_class(BertConfig(**BERT)).eval()
+    base = model_class(BertConfig(**ENCODER)).eval()
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(model_class.from_pretrained(tmp_path / "base"), config(task_type=task))
     mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from by_hand import GREEDY, MASK, VOCABULARY, ByHand, labels_of, make_llama
+from by_hand import GREEDY, MASK, ByHand, labels_of, make_llama
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -22,11 +22,6 @@ SPREAD = {  # a part of the blocks with their adapters on disk
     "model.norm": "cpu",
     "lm_head": "disk",
 }
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(2))
 
 
 def config(**options):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from by_hand import VOCABULARY, adapt_model
+from by_hand import ENCODER, adapt_model
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import (
     AutoConfig,
@@ -19,17 +19,7 @@ from transformers import (
 
 from peft_reft import ReftConfig
 
-SHAPE = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
-    initializer_range=0.2,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    pad_token_id=0,
-)
+SHAPE = ENCODER | dict(pad_token_id=0)
 RELATIVE = dict(pooler_dropout=0.0, relative_attention=True, pos_att_type=["p2c", "c2p"], max_position_embeddings=64)
 QUIET = dict(qa_dropout=0.0, seq_classif_dropout=0.0)
 FAMILIES = {
