@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from by_hand import MASK, TWO, assert_edits, generated, labels_of
+from by_hand import MASK, TWO, assert_edits, generated, labels_of, random_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -62,6 +62,37 @@ def test_threads_that_do_different_things(adapt, ids):
     for thread in threads:
         thread.join()
     assert not wrong and current_plan() is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "prefix", "suffix"),
+    [
+        (dict(prompt_lengths=torch.tensor([5, 8])), 2, 3),
+        (dict(labels=labels_of(random_ids(), *TWO["answers"])), 2, 12),  # a row may have several answers
+        (dict(labels=labels_of(random_ids(), [(5, 7), (11, 12)], [(8, 12)])), 2, 12),
+        (dict(position_ids=torch.arange(6).repeat(2)[None].expand(2, -1)), 12, 12),  # and several sequences
+    ],
+)
+def test_tokens_that_units_are_given(adapt, ids, inputs, prefix, suffix):
+    """No more than an edit can need, whatever the values: the others cost time, and memory in training."""
+    model, by_hand = adapt(positions="f2+l3")
+    given = {"prefix": set(), "suffix": set()}
+    for name, module in model.named_modules():
+        for unit in given:
+            if name.endswith(f"reft_{unit}.default"):
+                module.register_forward_pre_hook(lambda _, args, unit=unit: given[unit].add(args[0].shape[1]))
+    model(input_ids=ids, **inputs)
+    assert given == {"prefix": {prefix}, "suffix": {suffix}}
+
+
+def test_prefix_of_conversations(adapt, ids):
+    """The first prompt's tokens, once, though each answer ends a prompt; rows with less than the prefix too."""
+    labels = labels_of(ids, [(6, 8), (11, 12)], [(3, 5), (9, 12)])
+    assert_edits(adapt(positions="f2"), {"unit": [[0, 1]] * 2}, input_ids=ids, labels=labels)
+    short = labels_of(ids, [(1, 12)], [(3, 5), (9, 12)])
+    assert_edits(adapt(positions="f2"), {"unit": [[0], [0, 1]]}, input_ids=ids, labels=short)
+    columns = {"prefix": [[0, 1], [0]], "suffix": [[3, 4, 5, 8, 9, 10], [2, 6, 7, 8]]}
+    assert_edits(adapt(positions="f2+l3"), columns, input_ids=ids, labels=labels)
 
 
 def test_threads_that_train(adapt, ids):
