@@ -235,13 +235,12 @@ def kept_by_base(config: LlamaConfig, adapter: None, run: Run) -> tuple[int, int
 def kept(config: LlamaConfig, adapter: PeftConfig | None, run: Run, checkpointing: bool = False) -> tuple[int, int]:
     """What autograd keeps for an adapter (None: for the base itself), in bytes: from the forward on, and at most.
 
-    Checkpointing keeps the input of each block and makes the rest again, a block at a time. It covers what is within a
-    block, as LoRA is; edits come after it (transformers checkpoints `forward`, without hooks).
+    Checkpointing keeps the input of each block and makes the rest again, a block at a time.
     """
     rules = {type(None): kept_by_base, ReftConfig: kept_by_reft, LoraConfig: kept_by_lora}
     block, once = rules[type(adapter)](config, adapter, run)
     layers = config.num_hidden_layers
-    if not checkpointing or isinstance(adapter, ReftConfig):
+    if not checkpointing:
         return layers * block + once, layers * block + once
     inputs = 0
     if adapter is None:
