@@ -253,14 +253,17 @@ def state_bytes(parameters: int, dtype: torch.dtype) -> int:
     return 4 * parameters * dtype.itemsize
 
 
-def base_bytes(config: LlamaConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """An NF4 base: the blocks' projections in half a byte a weight, with a float32 scale for 64 of them and a code
-    book of 16 numbers each, and the rest in `dtype`."""
+def base_bytes(config: LlamaConfig, dtype: torch.dtype = torch.bfloat16, scales: bool = True) -> int:
+    """An NF4 base: the blocks' projections in half a byte a weight, and the rest in `dtype`.
+
+    Beside each projection, and no parameters: a float32 scale for 64 weights, and a code book of 16 numbers.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     blocks = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
     packed = sum(linear.weight.numel() for linear in blocks)
-    return packed // 2 + packed // 64 * 4 + len(blocks) * 64 + (model.num_parameters() - packed) * dtype.itemsize
+    parameters = packed // 2 + (model.num_parameters() - packed) * dtype.itemsize
+    return parameters + scales * 4 * (packed // 64 + len(blocks) * 16)
 
 
 def trainable(config: LlamaConfig, adapter: PeftConfig) -> int:

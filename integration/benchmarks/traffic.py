@@ -192,7 +192,9 @@ def print_computed(name: str, config: LlamaConfig) -> None:
         for setting, model in models.items()
     ]
     print_table(["", *(f"{link} Gbit/s" for link in LINKS)], rows)
-    print(f"Once, at the start, DDP sends the base to every process: {size(base_bytes(config))} in NF4.\n")
+    print(
+        f"Once, at the start, DDP sends the base to every process: {size(base_bytes(config, scales=False))} in NF4.\n"
+    )
 
     print(f"Computed: {name}, FSDP2 on a base in bfloat16. What each process sends in a step.\n")
     rows = []

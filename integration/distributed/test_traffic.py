@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import traffic
-from memory import SETTINGS, bytes_of, in_4bit, on_meta
+from memory import SETTINGS, base_bytes, bytes_of, in_4bit, on_meta
 
 pytest.importorskip("bitsandbytes")
 
@@ -41,7 +41,9 @@ def test_ddp_reduces_the_gradients_of_the_adapter_alone(counted, case):
 
 def test_ddp_sends_the_base_once_at_the_start(counted):
     case, setting = "DDP: ReFT, r 8, f7+l7", "ReFT, r 8, f7+l7"
-    weights = bytes_of(in_4bit(traffic.SMALL).parameters()) + traffic.trained_bytes(model_of(setting))
+    base = base_bytes(traffic.SMALL, torch.float32, scales=False)
+    assert base == bytes_of(in_4bit(traffic.SMALL).parameters())
+    weights = base + traffic.trained_bytes(model_of(setting))
     over = sum(rank[case]["at start"] for rank in counted) - (PROCESSES - 1) * weights
     assert 0 <= over < HEADERS
 
