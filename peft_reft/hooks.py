@@ -4,6 +4,7 @@ They find what they need through the module that they are given, so that a copy 
 """
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,13 +23,26 @@ from .layer import LAYER, ReftLayer, adapted_modules, layer_of
 from .layout import edit_in_layout
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch, set_mixed_batch
 
+_local = threading.local()
+
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of an adapted module: pass its output, a tensor or the first of several, through the child."""
     layer, plan = layer_of(module), plans.current_plan()
-    if layer is None or not layer.is_used_by(plan):
+    if layer is None or not layer.is_used_by(plan) or was_checkpointed(module):
         return None
-    hidden_states = output[0] if isinstance(output, tuple | list) and output else output
+    plan = find_plan(module, args, kwargs)
+    if plan is None:
+        raise RuntimeError(
+            f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
+            "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
+        )
+    return edited_output(module, plan, args, kwargs, output)
+
+
+def find_plan(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> plans.Plan | None:
+    """The plan of the call that an adapted module is part of."""
+    plan = plans.current_plan()
     if module.training and not torch.compiler.is_compiling():
         # Activation checkpointing may run the module again in the backward pass, when the call is over.
         others = plans.tensors_among(args[1:], kwargs)
@@ -36,11 +50,13 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
             plan = plans.recall(others)
         else:
             plans.remember(plan, others)
-    if plan is None:
-        raise RuntimeError(
-            f"A module with a ReFT adapter ({type(module).__name__}) ran outside a call of its model, so which of its "
-            "tokens are to be edited is not known. Call the model, or disable the adapter before you call parts of it."
-        )
+    return plan
+
+
+def edited_output(module: nn.Module, plan: plans.Plan, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """The output of an adapted module, edited."""
+    layer: ReftLayer = layer_of(module)  # type: ignore[assignment]
+    hidden_states = output[0] if isinstance(output, tuple | list) and output else output
     is_signal = plan.call.role.kind == "signal"
     if is_signal:
         plan.call.see_mask(module, args, kwargs)
@@ -70,6 +86,61 @@ def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
     if hasattr(output, "_replace"):  # a named tuple
         return output._replace(**{output._fields[0]: first})  # type: ignore[union-attr]
     return type(output)((first, *output[1:]))
+
+
+# Gradient checkpointing
+
+
+def checkpoint_edits(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of an adapted module: have transformers' gradient checkpointing run edits again with the block.
+
+    It checkpoints `forward`, outside of which hooks are: what edits need in the backward pass, which may be all of the
+    hidden states in float32, would be kept for all blocks.
+    """
+    _local.checkpointed = None
+    if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, CheckpointEdits):
+            module._gradient_checkpointing_func = CheckpointEdits(function)  # type: ignore[assignment]
+
+
+class CheckpointEdits:
+    """transformers' checkpointing function, as a block calls it with its forward, and the edit of what that puts out.
+
+    Args:
+        function (`Callable`): what transformers has set.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    def __call__(self, forward: Any, *args: Any) -> Any:
+        module: Any = next(iter(getattr(forward, "args", ())), None)  # None before transformers 5.23
+        plan = None
+        # With no gradient from before the block, reentrant checkpointing would give none to what is within.
+        takes_part = torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args)
+        if takes_part and isinstance(module, nn.Module):
+            layer = layer_of(module)
+            if layer is not None and layer.is_used_by(plans.current_plan()):
+                plan = find_plan(module, args, forward.keywords)
+        if plan is None:
+            return self.function(forward, *args)
+
+        def forward_and_edit(*args: Any) -> Any:
+            known = plan if plans.current_plan() is plan else plan.kept  # in the backward pass
+            return edited_output(module, known, args, forward.keywords, forward(*args))
+
+        output = self.function(forward_and_edit, *args)
+        _local.checkpointed = module
+        return output
+
+
+def was_checkpointed(module: nn.Module) -> bool:
+    """Whether the forward that a module has just run was checkpointed together with its edits."""
+    return getattr(_local, "checkpointed", None) is module
+
+
+# Calls
 
 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -221,7 +292,10 @@ def hook_module(module: nn.Module, layer: ReftLayer) -> None:
     """Make `layer` a child of `module` and pass the module's output through it."""
     module.add_module(LAYER, layer)
     # First of the module's hooks, so that others (transformers' records of hidden states) see the edit.
-    module._reft_handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)  # type: ignore[assignment]
+    module._reft_layer_handles = (  # type: ignore[assignment]
+        module.register_forward_hook(edit_output, with_kwargs=True, prepend=True),
+        module.register_forward_pre_hook(checkpoint_edits),
+    )
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -280,7 +354,11 @@ def unhook_model(model: nn.Module) -> None:
     """Take every `ReftLayer` and every hook away again."""
     for module, _ in adapted_modules(model).values():
         del module._modules[LAYER]
-        vars(module).pop("_reft_handle").remove()
+        for handle in vars(module).pop("_reft_layer_handles"):
+            handle.remove()
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, CheckpointEdits):
+            module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
     for module in model.modules():
         if "_reft_role" in vars(module):
             del module._reft_role

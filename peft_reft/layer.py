@@ -127,10 +127,13 @@ def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
 def edit_rows(
     hidden_states: torch.Tensor, unit: Unit, indices: torch.Tensor | None, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Edit some tokens: gather, edit, put back. The arguments are those of `Rows`."""
-    columns = None if indices is None else indices.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-    before = hidden_states if columns is None else hidden_states.gather(1, columns)  # [batch, n, d]
+    """Edit some tokens: take them, edit, put back. The arguments are those of `Rows`."""
+    where = None
+    if indices is not None:
+        where = torch.arange(len(indices), device=indices.device).unsqueeze(-1), indices  # [batch, 1], [batch, n]
+    # Not by `gather`, which would keep all hidden states for the backward pass.
+    before = hidden_states if where is None else hidden_states[where]  # [batch, n, d]
     after = unit(before)
     if mask is not None:
         after = torch.where(mask.unsqueeze(-1), after, before)
-    return after if columns is None else hidden_states.scatter(1, columns, after)
+    return after if where is None else hidden_states.index_put(where, after)

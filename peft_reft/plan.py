@@ -80,8 +80,7 @@ class Plan:
         if spans is None:
             return positions.outside_prompts(units, batch, tokens, device)
         masks = positions.select(spans, units)
-        most = {unit: positions.most(unit) if spans.one_prompt else None for unit in masks}
-        return {unit: to_rows(mask, most[unit]) for unit, mask in masks.items()}
+        return {unit: to_rows(mask, positions.most(unit, spans)) for unit, mask in masks.items()}
 
 
 def current_plan() -> "Plan | None":

@@ -28,6 +28,7 @@ class Spans:
         answer (`torch.BoolTensor` [batch, tokens], *optional*): True on tokens that are an answer, though a later
             prompt of the same conversation holds them.
         one_prompt (`bool`): whether a row is known to hold at most one prompt, whatever its values.
+        one_sequence (`bool`): whether a row is known to hold at most one sequence, perhaps with several prompts.
     """
 
     valid: torch.Tensor
@@ -36,6 +37,7 @@ class Spans:
     suffix_length: torch.Tensor
     answer: torch.Tensor | None = None
     one_prompt: bool = False
+    one_sequence: bool = False
 
 
 class Rows(NamedTuple):
@@ -97,11 +99,14 @@ class Positions:
         """The names of the units that edit these positions: one each for prefix and suffix, or one for all."""
         return ("prefix", "suffix") if self.prefix and self.suffix and not share_weights else ("unit",)
 
-    def most(self, unit: str) -> int | None:
-        """The most tokens of one prompt that a unit edits; None if only the prompt's length bounds them."""
+    def most(self, unit: str, spans: Spans) -> int | None:
+        """The most tokens of a row that a unit edits; None if only values bound them."""
         if self.span:
             return 0 if unit == "prefix" else None
-        return {"prefix": self.prefix, "suffix": self.suffix, "unit": self.prefix + self.suffix}[unit]
+        suffix = 0 if unit == "prefix" else self.suffix
+        if spans.one_prompt or (spans.one_sequence and not suffix):  # whose prompts share the first tokens
+            return suffix + (0 if unit == "suffix" else self.prefix)
+        return None
 
     def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Mark the tokens to edit.
@@ -156,8 +161,8 @@ class PositionsOfRows:
         need_end, prefix = self._by_row("needs", flags, batch, device).unbind(-1)
         return need_end, prefix
 
-    def most(self, unit: str) -> int | None:
-        bounds = [choice.most(unit) for choice in self.choices if choice]
+    def most(self, unit: str, spans: Spans) -> int | None:
+        bounds = [choice.most(unit, spans) for choice in self.choices if choice]
         return None if None in bounds else max([0, *(bound for bound in bounds if bound is not None)])
 
     def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -230,7 +230,7 @@ def before_labels(
     if sequences is not None:
         follows = follows & (sequences.gather(1, next_end) == sequences)
     suffix_length = rank.gather(1, next_end).where(follows, length.where(~answered, -1))
-    return Spans(valid, rank, prefix_length, suffix_length, answer)
+    return Spans(valid, rank, prefix_length, suffix_length, answer, one_sequence=sequences is None)
 
 
 def _values(tensor: torch.Tensor) -> str:

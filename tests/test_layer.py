@@ -45,6 +45,22 @@ def test_gradients_of_tokens_that_stay(indexed):
     assert not torch.equal(hidden_states.grad[0, 2], torch.ones(16))
 
 
+def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():
+    """The tokens that are taken and the weights are; `gather` would keep what it gathers from, on every layer."""
+    unit = make_layer(share_weights=True).units("default")["unit"]
+    hidden_states = torch.randn(2, 500, 16, requires_grad=True) + 0
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    ):
+        edit_rows(hidden_states, unit, torch.tensor([[2, 0]] * 2), torch.tensor([[True, False]] * 2))
+    assert hidden_states.untyped_storage().data_ptr() not in kept
+    d, r, rows = 16, 3, 2 * 2
+    assert sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point()) == 4 * (
+        rows * (d + r) + 3 * r * d + r * r + r
+    )
+
+
 def test_has_no_weight():
     """Code that looks for the weight of every module must not find one, nor run into an endless search."""
     layer = make_layer()

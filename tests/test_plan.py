@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from by_hand import MASK, TWO, assert_edits, generated, labels_of
+from by_hand import MASK, TWO, assert_edits, generated, labels_of, random_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from peft_reft import ReftConfig
 from peft_reft.call import Call, Role
 from peft_reft.generation import Family
+from peft_reft.hooks import CheckpointEdits
 from peft_reft.plan import Plan, current_plan, recall, remember
 
 
@@ -62,6 +63,37 @@ def test_threads_that_do_different_things(adapt, ids):
     for thread in threads:
         thread.join()
     assert not wrong and current_plan() is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "prefix", "suffix"),
+    [
+        (dict(prompt_lengths=torch.tensor([5, 8])), 2, 3),
+        (dict(labels=labels_of(random_ids(), *TWO["answers"])), 2, 12),  # a row may have several answers
+        (dict(labels=labels_of(random_ids(), [(5, 7), (11, 12)], [(8, 12)])), 2, 12),
+        (dict(position_ids=torch.arange(6).repeat(2)[None].expand(2, -1)), 12, 12),  # and several sequences
+    ],
+)
+def test_tokens_that_units_are_given(adapt, ids, inputs, prefix, suffix):
+    """No more than an edit can need, whatever the values: the others cost time, and memory in training."""
+    model, by_hand = adapt(positions="f2+l3")
+    given = {"prefix": set(), "suffix": set()}
+    for name, module in model.named_modules():
+        for unit in given:
+            if name.endswith(f"reft_{unit}.default"):
+                module.register_forward_pre_hook(lambda _, args, unit=unit: given[unit].add(args[0].shape[1]))
+    model(input_ids=ids, **inputs)
+    assert given == {"prefix": {prefix}, "suffix": {suffix}}
+
+
+def test_prefix_of_conversations(adapt, ids):
+    """The first prompt's tokens, once, though each answer ends a prompt; rows with less than the prefix too."""
+    labels = labels_of(ids, [(6, 8), (11, 12)], [(3, 5), (9, 12)])
+    assert_edits(adapt(positions="f2"), {"unit": [[0, 1]] * 2}, input_ids=ids, labels=labels)
+    short = labels_of(ids, [(1, 12)], [(3, 5), (9, 12)])
+    assert_edits(adapt(positions="f2"), {"unit": [[0], [0, 1]]}, input_ids=ids, labels=short)
+    columns = {"prefix": [[0, 1], [0]], "suffix": [[3, 4, 5, 8, 9, 10], [2, 6, 7, 8]]}
+    assert_edits(adapt(positions="f2+l3"), columns, input_ids=ids, labels=labels)
 
 
 def test_threads_that_train(adapt, ids):
@@ -180,6 +212,69 @@ def test_checkpointing_with_another_call_before_backward(adapt, ids, by):
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("of_embeddings", [True, False])
+def test_edits_are_checkpointed_with_their_block(adapt, ids, reentrant, of_embeddings):
+    """They are made again with it in the backward pass, but for a block before which there is nothing to train."""
+    model, by_hand = adapt(positions="f2+l2")
+    labels = labels_of(ids, *TWO["answers"])
+    model.train()
+    model(input_ids=ids, labels=labels).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # has embeddings require gradients
+    if not of_embeddings:
+        model.get_base_model().disable_input_require_grads()
+    blocks, calls = model.get_base_model().model.layers, [0, 0, 0]
+    for number, block in enumerate(blocks):
+        block.reft.register_forward_pre_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
+    loss = model(input_ids=ids, labels=labels).loss
+    assert calls == [1, 1, 1]
+    loss.backward()
+    assert calls == [2 if of_embeddings else 1, 2, 2]
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
+
+    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [6, 7]]}
+    for mode in (model.eval(), model.train()):  # edited once, in either
+        assert_edits((mode, by_hand), columns, input_ids=ids, labels=labels)
+    model.unload()
+    assert not any(isinstance(block._gradient_checkpointing_func, CheckpointEdits) for block in blocks)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_backward_with_an_adapter_that_the_forward_did_not_use(adapt, ids, reentrant):
+    model, _ = adapt(positions="f2+l2")
+    model.add_adapter("other", ReftConfig(task_type="CAUSAL_LM", r=2, positions="l3", init_weights=False))
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = model(input_ids=ids, labels=labels_of(ids, *TWO["answers"])).loss
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="recomputed in the backward pass with adapters that its forward did not"):
+        loss.backward()
+
+
+def test_forward_of_a_block_that_is_called_alone(adapt, ids):
+    """Without hooks, but with checkpointing: the call after it is edited all the same."""
+    model, by_hand = adapt(positions="f2")
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    base, block, given = model.get_base_model(), model.get_base_model().model.layers[0], {}
+    handle = block.register_forward_pre_hook(lambda _, *both: given.update(args=both[0], **both[1]), with_kwargs=True)
+    base(input_ids=ids, prompt_lengths=torch.tensor([4, 4]))
+    handle.remove()
+    (hidden_states,) = given.pop("args")
+
+    def call_block(*args):
+        block.forward(hidden_states.clone().requires_grad_(), **given)
+
+    base.model.register_forward_pre_hook(call_block)  # within the call
+    for mode in (model, model.eval()):
+        columns = {"unit": [[0, 1], [0, 1]]}
+        assert_edits((mode, by_hand), columns, input_ids=ids, prompt_lengths=torch.tensor([4, 4]))
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["kept", "reentrant", "recomputed"])

@@ -50,7 +50,7 @@ def train(folder, data, tokenizer, callbacks=(), context=None, selective=False, 
     assert all(
         f"layers.{layers - 1}.reft.reft_prefix" in name for name in unchanged
     )  # after which no attention reads it
-    assert not selective or "context_fn" in blocks[0]._gradient_checkpointing_func.keywords
+    assert not selective or "context_fn" in blocks[0]._gradient_checkpointing_func.function.keywords
     return losses(trainer), tensors, calls
 
 
