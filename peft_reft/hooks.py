@@ -29,7 +29,7 @@ _local = threading.local()
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of an adapted module: pass its output, a tensor or the first of several, through the child."""
     layer, plan = layer_of(module), plans.current_plan()
-    if layer is None or not layer.is_used_by(plan) or was_checkpointed(module):
+    if was_checkpointed(module) or layer is None or not layer.is_used_by(plan):
         return None
     plan = find_plan(module, args, kwargs)
     if plan is None:
@@ -126,8 +126,11 @@ class CheckpointEdits:
         if plan is None:
             return self.function(forward, *args)
 
+        kept = plan.kept
+
         def forward_and_edit(*args: Any) -> Any:
-            known = plan if plans.current_plan() is plan else plan.kept  # in the backward pass
+            current = plans.current_plan()
+            known = current if current is not None and current.kept is kept else kept  # in the backward pass
             return edited_output(module, known, args, forward.keywords, forward(*args))
 
         output = self.function(forward_and_edit, *args)
@@ -136,8 +139,10 @@ class CheckpointEdits:
 
 
 def was_checkpointed(module: nn.Module) -> bool:
-    """Whether the forward that a module has just run was checkpointed together with its edits."""
-    return getattr(_local, "checkpointed", None) is module
+    """Whether the forward that a module has just run was checkpointed together with its edits; asked once."""
+    checkpointed = getattr(_local, "checkpointed", None)
+    _local.checkpointed = None  # which would keep the module alive
+    return checkpointed is module
 
 
 # Calls

@@ -1,11 +1,13 @@
 """A plan belongs to one call, and is found again by every part of it."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
-from by_hand import MASK, TWO, assert_edits, generated, labels_of, random_ids
+from by_hand import MASK, TWO, adapt_model, assert_edits, generated, labels_of, make_llama, random_ids
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -245,6 +247,16 @@ def test_edits_are_checkpointed_with_their_block(adapt, ids, reentrant, of_embed
         assert_edits((mode, by_hand), columns, input_ids=ids, labels=labels)
     model.unload()
     assert not any(isinstance(block._gradient_checkpointing_func, CheckpointEdits) for block in blocks)
+
+
+def test_checkpointed_block_is_not_kept_alive(ids):
+    model, _ = adapt_model(make_llama())
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=ids, labels=labels_of(ids, *TWO["answers"])).loss.backward()
+    block = weakref.ref(model.get_base_model().model.layers[-1])
+    del model, _
+    gc.collect()
+    assert block() is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
