@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 from trainers import losses, make_trainer, reft
 from transformers import AutoTokenizer, TrainerCallback
@@ -46,6 +47,8 @@ def allow_fsdp_on_cpus() -> None:
             PartialState._shared_state.update(changed)
 
     AcceleratorState.__init__ = init_with_fsdp
+    # FSDP1 offloads a state dict to the CPU by a move, and frees what it has moved: here the very same tensors.
+    FlatParamHandle.to_cpu = nullcontext
 
 
 def plain_name(name: str) -> str:
