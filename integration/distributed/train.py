@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from trainers import losses, make_trainer, reft
 from transformers import AutoTokenizer, TrainerCallback
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+from peft_reft.model import plain_name
 
 
 def allow_fsdp_on_cpus() -> None:
@@ -51,18 +51,11 @@ def allow_fsdp_on_cpus() -> None:
     FlatParamHandle.to_cpu = nullcontext
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter has without wrappers."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The gradients of all trained parameters, gathered from all ranks."""
     is_fsdp1 = isinstance(model, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(model, with_grads=True) if is_fsdp1 else nullcontext():
-        found = {plain_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found = {plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
         return {
             name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().cpu().clone()
             for name, grad in found.items()
