@@ -66,7 +66,7 @@ class Intervention(nn.Module):
 
     def __init__(self, variant: Variant, d: int, r: int, dropout: float = 0.0, act_fn: str | None = None):
         super().__init__()
-        self.variant = variant
+        self.variant, self.d, self.r = variant, d, r
         self.R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
         self.W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
         self.b = nn.Parameter(torch.empty(r, dtype=torch.float32))
@@ -105,6 +105,11 @@ class Intervention(nn.Module):
             if self.W is not None:
                 nn.init.normal_(self.W, std=bound)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that its tensors have when they are whole, whatever of them lies on this device."""
+        shapes: dict[str, tuple[int, ...]] = {"R": (self.r, self.d), "W": (self.r, self.d), "b": (self.r,)}
+        return shapes if self.variant.linear else {name: shapes[name] for name in ("R", "b")}
+
     def projection(self) -> torch.Tensor:
         """The projection R [r, d] that is used, in float32 at least."""
         return projections(self.R, self.variant.orthonormal)
@@ -131,4 +136,4 @@ class Intervention(nn.Module):
             return self.dropout(edited).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
-        return f"r={self.R.shape[0]}, d={self.R.shape[1]}, {self.variant}"
+        return f"r={self.r}, d={self.d}, {self.variant}"

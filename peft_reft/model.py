@@ -20,6 +20,7 @@ from .registration import REFT
 from .targets import find_targets, is_excluded
 
 TAG = "reft"
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
 
 
 class ReftModel(BaseTuner):
@@ -159,14 +160,40 @@ class ReftModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
-    # Loading
+    # Saving and loading: by names without wrappers, under which PEFT 0.21 finds nothing, and saves that
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        if not state_dict and is_other_rank():  # a whole state dict is gathered on rank 0, which saves it
+            return {}
+        needed = needed_tensors(model, adapter_name)
+        problems = [f"{key} is missing" for key in needed.keys() - state_dict.keys()]
+        problems += wrong_shapes(needed, state_dict)
+        if problems:
+            raise ValueError(
+                f"The state dict of adapter {adapter_name!r} is not whole: {in_short(problems)}. Gather it before you "
+                "save it. trainer.save_model does; else, on every process: state_dict = "
+                "accelerator.get_state_dict(model), then accelerator.unwrap_model(model).save_pretrained(folder, "
+                "state_dict=state_dict, is_main_process=accelerator.is_main_process)."
+            )
+        return {key: whole(state_dict[key]) for key in needed}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_checkpoint(model, adapter_name, state_dict)
+        needed = needed_tensors(model, adapter_name)
+        keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
+        keys |= {f"base_model.model.{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
+        state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        check_checkpoint(adapter_name, needed, state_dict)
         return state_dict
 
 
@@ -184,31 +211,62 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
             unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)
 
 
-def check_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise a ValueError unless a checkpoint has just the tensors that the adapter needs."""
-    needed = {
-        f"{name}.{LAYER}.reft_{unit}.{adapter_name}.{key}": tensor
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without those of wrappers around its parents, as state dicts have it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of an adapter, whole, by the keys that they have in the model's state dict."""
+    return {
+        f"{plain_name(name)}.{LAYER}.reft_{unit}.{adapter_name}.{key}": shape
         for name, (_, layer) in adapted_modules(model).items()
         for unit, intervention in layer.units(adapter_name).items()
-        for key, tensor in intervention.state_dict().items()
+        for key, shape in intervention.shapes().items()
     }
+
+
+def is_other_rank() -> bool:
+    """Whether this is a process that has others beside it, and not the first of them."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, gathered from all processes if it is a shard of FSDP2's."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def wrong_shapes(needed: dict[str, tuple[int, ...]], given: dict[str, torch.Tensor]) -> list[str]:
+    """What is wrong with the shapes of given tensors."""
+    return [
+        f"{key} is {list(given[key].size())}, not {list(needed[key])}"
+        for key in needed.keys() & given.keys()
+        if tuple(given[key].size()) != needed[key]
+    ]
+
+
+def check_checkpoint(
+    adapter_name: str, needed: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Raise a ValueError unless a checkpoint has just the tensors that the adapter needs."""
     given = {key: tensor for key, tensor in state_dict.items() if f".{LAYER}.reft_" in key}
     problems = [f"{key} is missing" for key in needed.keys() - given.keys()]
     problems += [f"{key} has no place" for key in given.keys() - needed.keys()]
-    problems += [
-        f"{key} is {list(given[key].shape)}, not {list(needed[key].shape)}"
-        for key in needed.keys() & given.keys()
-        if given[key].shape != needed[key].shape
-    ]
+    problems += wrong_shapes(needed, given)
     if problems:
         raise misfit(adapter_name, problems)
 
 
+def in_short(problems: list[str]) -> str:
+    """The first of some problems, and how many more there are."""
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return f"{'; '.join(sorted(problems)[:3])}{more}"
+
+
 def misfit(adapter_name: str, problems: list[str]) -> ValueError:
     """The error for a checkpoint that does not fit its config, which names the first of the problems."""
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return ValueError(
         f"The checkpoint of adapter {adapter_name!r} does not fit its config: "
-        f"{'; '.join(sorted(problems)[:3])}{more}. Its r, rank_pattern, positions, share_weights, intervention "
+        f"{in_short(problems)}. Its r, rank_pattern, positions, share_weights, intervention "
         "and layers must be those that it was trained with, and so must the base model's shape."
     )

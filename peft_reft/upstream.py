@@ -1,4 +1,4 @@
-"""Methods of PEFT and transformers that are completed in memory, for ReFT adapters alone.
+"""Methods and functions of PEFT and transformers that are completed in memory, for ReFT adapters alone.
 
 Each would serve the user well but for one thing, which ReFT has no other place to do.
 """
@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftModel
-from transformers import GenerationMixin
+from peft.utils import other
+from torch.distributed.fsdp.wrap import _or_policy, transformer_auto_wrap_policy
+from transformers import GenerationMixin, Trainer
 from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
 from .card import describe_use
 from .generation import DecoderGeneration, current_generation
+from .intervention import Intervention
 from .layer import adapted_modules
 from .model import misfit
 from .registration import REFT
@@ -27,11 +30,13 @@ def complete_upstream() -> None:
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
+    complete(Trainer, "save_model", save_sharded)
+    complete(other, "fsdp_auto_wrap_policy", wrap_units)
 
 
-def complete(cls: type, name: str, completed: Callable[..., Any]) -> None:
-    """Replace a method by `completed`, which is given the method before its arguments."""
-    method = getattr(cls, name)
+def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
+    """Replace a method of a class, or a function of a module, by `completed`, which is given it before its arguments."""
+    method = getattr(owner, name)
     if "completed_by_reft" in vars(method):
         return
 
@@ -40,7 +45,7 @@ def complete(cls: type, name: str, completed: Callable[..., Any]) -> None:
         return completed(method, self, *args, **kwargs)
 
     vars(replacement)["completed_by_reft"] = True
-    setattr(cls, name, replacement)
+    setattr(owner, name, replacement)
 
 
 def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
@@ -134,3 +139,26 @@ def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any
         if adapted_modules(model)
         else method(model, *args, **kwargs)
     )
+
+
+def save_sharded(
+    method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False
+) -> None:
+    """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and adapted_modules(trainer.model):
+        state_dict = trainer.accelerator.get_state_dict(trainer.model)
+        trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
+    method(trainer, output_dir, _internal_call)
+
+
+def wrap_units(method: Callable[..., Any], model: Any) -> Callable[..., bool]:
+    """PEFT's policy has FSDP1 wrap what LoRA trains apart from the frozen block around it, but not what ReFT trains.
+
+    FSDP1 flattens what it wraps into one parameter: of one dtype, and with a gradient for all of it.
+    """
+    policy = method(model)
+    if not adapted_modules(model):
+        return policy
+    units = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Intervention})
+    return functools.partial(_or_policy, policies=[policy, units])

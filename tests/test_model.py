@@ -25,6 +25,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -37,6 +38,7 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_reft import ReftConfig
 
@@ -284,6 +286,33 @@ def test_checkpoint_with_a_missing_tensor(saved):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="layers.1.reft.reft_suffix.default.W is missing"):
         PeftModel.from_pretrained(base_of(path), path / "adapter")
+
+
+def test_saved_and_loaded_within_wrappers(saved, ids):
+    """FSDP's activation checkpointing wraps the blocks, whose paths then differ from the keys of the state dict."""
+    folder, expected = saved
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), config())
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    assert "_checkpoint_wrapped_module" in "".join(name for name, _ in model.named_modules())
+    model.load_adapter(folder / "adapter", "default")
+    assert torch.equal(logits(model, ids), expected)
+    model.save_pretrained(folder / "again")
+    tensors, again = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert tensors.keys() == again.keys() and all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+
+def test_saving_half_an_adapter_is_refused(saved):
+    folder, _ = saved
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), config())
+    tensors = model.state_dict()
+    lost = next(key for key in tensors if key.endswith("default.W"))
+    with pytest.raises(ValueError, match="is not whole.*W is missing.*accelerator.get_state_dict"):
+        model.save_pretrained(folder / "half", state_dict={k: v for k, v in tensors.items() if k != lost})
+    with pytest.raises(ValueError, match=r"W is \[64\], not \[4, 32\]"):  # what a process has of it under FSDP1
+        model.save_pretrained(folder / "half", state_dict=tensors | {lost: tensors[lost].flatten()[:64]})
+    with pytest.raises(ValueError, match="is missing"):
+        model.save_pretrained(folder / "half", state_dict={})
+    assert not (folder / "half" / "adapter_model.safetensors").exists()
 
 
 def test_transformers_load_adapter(saved, ids):
