@@ -62,8 +62,8 @@ def test_sft_that_was_interrupted(tmp_path, base, pairs):
     resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
-    history = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
-    assert history[-1]["step"] == 6
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
 
 
 def test_dpo(tmp_path, base, pairs):
