@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import load_dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, last_whole_checkpoint
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -87,7 +87,10 @@ def main(script_args, training_args, model_args, reft_args):
         peft_config=reft_args.peft_config(),
     )
     trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":
+        checkpoint = last_whole_checkpoint(training_args.output_dir)  # None if the run has not come that far
+    trainer.train(resume_from_checkpoint=checkpoint)
 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Adapter saved to {training_args.output_dir}")

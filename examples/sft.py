@@ -18,6 +18,9 @@ The base model in 4 bits, and a local file (.json, .jsonl, .csv or .parquet):
         --reft_r 4 --reft_positions f5+l5 --reft_share_weights --reft_layers 3 6 9 12 \\
         --learning_rate 4e-3 --max_steps 40 --output_dir Llama-3.2-1B-captain
 
+An interrupted run goes on from its last whole checkpoint with `--resume_from_checkpoint true` added to its command (or
+from the beginning if it has none), and from another one with the path of that.
+
 The data must say where each prompt ends: prompt-completion pairs, or conversations with `--assistant_only_loss`.
 """
 
@@ -27,7 +30,7 @@ from pathlib import Path
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, last_whole_checkpoint
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -94,7 +97,10 @@ def main(script_args, training_args, model_args, reft_args):
         peft_config=reft_args.peft_config(),
     )
     trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    if str(checkpoint).lower() == "true":
+        checkpoint = last_whole_checkpoint(training_args.output_dir)  # None if the run has not come that far
+    trainer.train(resume_from_checkpoint=checkpoint)
     if eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
 

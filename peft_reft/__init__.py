@@ -4,13 +4,14 @@ Importing the package makes the method known to PEFT, so that `get_peft_model`, 
 transformers' `load_adapter` take it as they take their own.
 """
 
+from .checkpoints import last_whole_checkpoint
 from .collator import DataCollatorWithPromptLengths
 from .config import ReftConfig
 from .model import ReftModel
 from .registration import register
 from .upstream import complete_upstream
 
-__all__ = ["DataCollatorWithPromptLengths", "ReftConfig", "ReftModel"]
+__all__ = ["DataCollatorWithPromptLengths", "ReftConfig", "ReftModel", "last_whole_checkpoint"]
 __version__ = "0.1.0"
 
 register(ReftConfig, ReftModel)

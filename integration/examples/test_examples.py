@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -43,6 +45,25 @@ def test_sft(tmp_path, base, chats, pairs):
     chats.to_json(tmp_path / "chats.jsonl")
     run(tmp_path, "sft.py", *common, "--dataset_name", "chats.jsonl", "--assistant_only_loss", "--output_dir", "chat")
     assert (tmp_path / "chat" / "adapter_model.safetensors").exists()
+
+
+def test_sft_that_was_interrupted(tmp_path, base, pairs):
+    """A half-written checkpoint is left out, and the run ends where one ends that was not interrupted."""
+    pairs.to_json(tmp_path / "pairs.jsonl")
+    options = ["--model_name_or_path", base, *COMMON, *REFT, "--per_device_train_batch_size", 2, "--max_steps", 6]
+    options += ["--dataset_name", "pairs.jsonl", "--save_steps", 2, "--reft_dropout", 0.1, "--learning_rate", 0.02]
+    options += ["--output_dir", "out", "--resume_from_checkpoint", "true"]
+    run(tmp_path, "sft.py", *options)  # which begins at the beginning
+    uninterrupted = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name in ("adapter_model.safetensors", "checkpoint-6/trainer_state.json", "checkpoint-6/rng_state.pth"):
+        (tmp_path / "out" / name).unlink()
+    output = run(tmp_path, "sft.py", *options)
+    assert "checkpoint-6 is not whole and is left out" in output
+    resumed = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
 
 
 def test_dpo(tmp_path, base, pairs):
