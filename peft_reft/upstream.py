@@ -35,7 +35,7 @@ def complete_upstream() -> None:
 
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
-    """Replace a method of a class, or a function of a module, by `completed`, which is given it before its arguments."""
+    """Replace a method of a class or a function of a module by `completed`, which is given it before its arguments."""
     method = getattr(owner, name)
     if "completed_by_reft" in vars(method):
         return
@@ -145,9 +145,9 @@ def save_sharded(
     method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
     """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and adapted_modules(trainer.model):
-        state_dict = trainer.accelerator.get_state_dict(trainer.model)
+    plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
+    if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and model and adapted_modules(model):
+        state_dict = trainer.accelerator.get_state_dict(model)
         trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
     method(trainer, output_dir, _internal_call)
 

@@ -1,11 +1,7 @@
 """DDP on two processes: the same training as in one with the same global batch."""
 
 import pytest
-from by_hand import ByHand
 from launch import train as train_distributed
-from peft import PeftModel
-from trainers import logits_alone, mean_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
