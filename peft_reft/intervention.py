@@ -75,6 +75,7 @@ class Intervention(nn.Module):
         self.act_fn: Callable[[torch.Tensor], torch.Tensor] | None = (
             ACT2FN[self.activation] if self.activation else None
         )
+        self._kept: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
@@ -104,6 +105,23 @@ class Intervention(nn.Module):
             nn.init.normal_(self.b)
             if self.W is not None:
                 nn.init.normal_(self.W, std=bound)
+
+    def keep_dtype(self) -> None:
+        """Remember the parameters as they are now, so that `restore_dtype` can undo what else casts them."""
+        self._kept = {name: parameter.data for name, parameter in self.named_parameters()}  # no copies
+
+    def restore_dtype(self) -> None:
+        """Undo a cast of the parameters, exactly where their values have not changed since."""
+        for name, kept in self._kept.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype != kept.dtype:
+                is_cast = not kept.is_meta and torch.equal(kept.to(parameter), parameter)
+                parameter.data = kept.to(parameter.device) if is_cast else parameter.data.to(kept.dtype)
+        self._kept = {}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Intervention":
+        self._kept = {}  # half(), to(dtype) and the like say what is wanted
+        return super()._apply(fn, recurse)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that its tensors have when they are whole, whatever of them lies on this device."""

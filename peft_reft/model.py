@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
+from .intervention import Intervention
 from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
 from .layout import architecture_of
 from .mixed_batch import current_mixed_batch, set_mixed_batch
@@ -79,6 +80,7 @@ class ReftModel(BaseTuner):
             }
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
+        keep_dtypes(model)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(TAG)
 
@@ -209,6 +211,14 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     for unit in layer.units(adapter_name).values():
         if devices and not unit.b.is_meta:
             unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)
+
+
+def keep_dtypes(model: nn.Module) -> None:
+    """Have adapters of a quantized model remember their parameters, which TRL's trainers cast."""
+    if getattr(model, "is_quantized", False):
+        for module in model.modules():
+            if isinstance(module, Intervention):
+                module.keep_dtype()
 
 
 def plain_name(name: str) -> str:

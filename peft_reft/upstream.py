@@ -18,7 +18,7 @@ from .card import describe_use
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
-from .model import misfit
+from .model import keep_dtypes, misfit
 from .registration import REFT
 
 
@@ -30,6 +30,7 @@ def complete_upstream() -> None:
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
+    complete(Trainer, "__init__", restore_dtypes)
     complete(Trainer, "save_model", save_sharded)
     complete(other, "fsdp_auto_wrap_policy", wrap_units)
 
@@ -68,12 +69,14 @@ def load_or_take_back(
     before = set(model.peft_config)
     refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
     try:
-        return method(model, model_id, adapter_name, *args, **kwargs)
+        result = method(model, model_id, adapter_name, *args, **kwargs)
     except Exception:
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == REFT:
                 model.delete_adapter(name)
         raise
+    keep_dtypes(model)  # of tensors that may be other ones than those that were made
+    return result
 
 
 def refuse_adapter_names(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +142,18 @@ def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any
         if adapted_modules(model)
         else method(model, *args, **kwargs)
     )
+
+
+def restore_dtypes(method: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away.
+
+    Under FSDP it stays cast: what is sharded together is of one dtype.
+    """
+    method(trainer, *args, **kwargs)
+    if trainer.model is not None and not trainer.is_fsdp_enabled:
+        for module in trainer.model.modules():
+            if isinstance(module, Intervention):
+                module.restore_dtype()
 
 
 def save_sharded(

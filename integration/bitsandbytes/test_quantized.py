@@ -4,7 +4,6 @@ import pytest
 import torch
 from by_hand import ByHand
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig
@@ -17,30 +16,13 @@ QUANTIZED = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=64, initializer_range=0.2, pad_token_id=0, eos_token_id=2, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def load(base, kind):
-    return AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=BitsAndBytesConfig(**QUANTIZED[kind]), dtype="float32"
-    )
-
-
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_edits_are_exact_on_a_quantized_base(base, kind):
+def test_edits_are_exact_on_a_quantized_base(load, kind):
     """The quantized model edited by hand gives the same logits: only the base is quantized, not the edit."""
     torch.manual_seed(1)
     config = ReftConfig(task_type="CAUSAL_LM", r=4, positions="f2+l2", init_weights=False)
-    model = get_peft_model(load(base, kind), config).eval()
-    by_hand = ByHand(load(base, kind).eval(), model)
+    model = get_peft_model(load(**QUANTIZED[kind]), config).eval()
+    by_hand = ByHand(load(**QUANTIZED[kind]).eval(), model)
     ids = torch.randint(3, 64, (2, 12))
     expected = by_hand.logits({"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, input_ids=ids)
     with torch.no_grad():
@@ -51,8 +33,8 @@ def test_edits_are_exact_on_a_quantized_base(base, kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_sft_on_a_quantized_base(tmp_path, base, tokenizer, pairs, kind):
-    model = load(base, kind)
+def test_sft_on_a_quantized_base(tmp_path, load, tokenizer, pairs, kind):
+    model = load(**QUANTIZED[kind])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     args = SFTConfig(
         output_dir=str(tmp_path),
@@ -75,7 +57,7 @@ def test_sft_on_a_quantized_base(tmp_path, base, tokenizer, pairs, kind):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     trainer.save_model(str(tmp_path / "adapter"))
-    reloaded = PeftModel.from_pretrained(load(base, kind), tmp_path / "adapter").eval()
+    reloaded = PeftModel.from_pretrained(load(**QUANTIZED[kind]), tmp_path / "adapter").eval()
     batch = tokenizer(pairs["prompt"][:2], return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.no_grad():
         assert torch.equal(reloaded(**batch).logits, trainer.model.eval()(**batch).logits)
