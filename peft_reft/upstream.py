@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import other
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp.wrap import _or_policy, transformer_auto_wrap_policy
 from transformers import GenerationMixin, Trainer
 from transformers.integrations import PeftAdapterMixin
@@ -32,6 +33,7 @@ def complete_upstream() -> None:
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
     complete(Trainer, "__init__", restore_dtypes)
     complete(Trainer, "save_model", save_sharded)
+    complete(Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
     complete(other, "fsdp_auto_wrap_policy", wrap_units)
 
 
@@ -165,6 +167,14 @@ def save_sharded(
         state_dict = trainer.accelerator.get_state_dict(model)
         trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
     method(trainer, output_dir, _internal_call)
+
+
+def load_sharded_optimizer(method: Callable[..., Any], trainer: Trainer, checkpoint: str | None) -> None:
+    """accelerate reads into what state an optimizer of FSDP1 has, where it is sharded: into none before a step."""
+    plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
+    if checkpoint and plugin is not None and plugin.fsdp_version == 1 and model and adapted_modules(model):
+        _init_optim_state(trainer.optimizer)  # type: ignore[arg-type]
+    method(trainer, checkpoint)
 
 
 def wrap_units(method: Callable[..., Any], model: Any) -> Callable[..., bool]:

@@ -40,6 +40,9 @@ def allow_fsdp_on_cpus() -> None:
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            for config in (fsdp_plugin.state_dict_config, fsdp_plugin.optim_state_dict_config):
+                if config is not None:
+                    config.offload_to_cpu = False  # a move that copies nothing here, of one buffer for all states
             self.fsdp_plugin = fsdp_plugin
             # FSDP1 wants the CPU without an index
             changed = {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
@@ -49,6 +52,8 @@ def allow_fsdp_on_cpus() -> None:
     AcceleratorState.__init__ = init_with_fsdp
     # FSDP1 offloads a state dict to the CPU by a move, and frees what it has moved: here the very same tensors.
     FlatParamHandle.to_cpu = nullcontext
+    # Offloading pins memory for transfers to the accelerator; without one that is an error.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
 
 
 def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
