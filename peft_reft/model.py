@@ -83,6 +83,8 @@ class ReftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
         keep_dtypes(model)
+        if not self.peft_config[adapter_name].inference_mode:
+            keep_unpacked(model)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(TAG)
 
@@ -229,6 +231,21 @@ def keep_dtypes(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, Intervention):
                 module.keep_dtype()
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes compute with 4-bit weights as they are.
+
+    On CPUs with AVX512-BF16 it packs them in evaluation, rounded, for a kernel without a gradient, and leaves them so
+    in training: gradients below are then zero, or those of the residual stream alone.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.state_dict()  # unpacks what has been packed
+            state = getattr(module.weight, "quant_state", None)
+            if state is not None and state.absmax.dim() == 2:  # left transposed by bitsandbytes 0.50
+                state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def plain_name(name: str) -> str:
