@@ -6,7 +6,6 @@ DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8 ninja py-cpuin
 
 import pytest
 from launch import train as train_distributed
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
