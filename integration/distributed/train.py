@@ -67,14 +67,36 @@ def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         }
 
 
+def gradients_of_deepspeed(engine) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {plain_name(name): p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: safe_get_full_grad(p).detach().clone() for name, p in found.items()}
+
+
+def clipped(gradients: dict[str, torch.Tensor], max_norm: float) -> dict[str, torch.Tensor]:
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    return {name: grad * min(1, max_norm / (norm + 1e-6)) for name, grad in gradients.items()}
+
+
 class RecordGradients(TrainerCallback):
     """Keeps the gradients, as they are after clipping, of the first and the last step."""
 
-    def __init__(self):
-        self.first, self.last = None, None
+    def __init__(self, trainer):
+        self.trainer, self.first, self.last = trainer, None, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine = self.trainer.deepspeed
+        if engine is not None:  # it clips and steps before the trainer calls on_pre_optimizer_step
+            step = engine.step
+            engine.step = lambda: [self.record(clipped(gradients_of_deepspeed(engine), args.max_grad_norm)), step()]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.last = whole_gradients(model)
+        if self.trainer.deepspeed is None:
+            self.record(whole_gradients(model))
+
+    def record(self, gradients):
+        self.last = gradients
         self.first = self.first or self.last
 
 
@@ -97,7 +119,7 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
     """Train as `run` says, save the adapter, and return what came of it."""
     with environment_of(run):
         trainer = make_trainer_of(run, folder)
-        recorded = RecordGradients()
+        recorded = RecordGradients(trainer)
         for callback in (recorded, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=run.get("resume"))
@@ -113,7 +135,7 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
         rank = trainer.args.process_index
         if rank == 0:
             gradients = {
-                f"{when}.{name}": grad for when in ("first", "last") for name, grad in vars(recorded)[when].items()
+                f"{when}.{name}": grad for when in ("first", "last") for name, grad in getattr(recorded, when).items()
             }
             save_file(gradients, folder / "gradients.safetensors")
         (folder / f"rank{rank}.json").write_text(json.dumps(outcome))
