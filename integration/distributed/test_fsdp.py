@@ -1,7 +1,9 @@
 """FSDP on two processes: the same training as in one, and the same whole adapter, however the base is sharded."""
 
 import pytest
+import torch
 from launch import train as train_distributed
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +25,7 @@ def runs_in(folder, rows, describe, version):
         runs.append(describe(name, rows, more, **SETTINGS | settings))
 
     for name, kind in STATE_DICTS.items():
-        add(name, {"FSDP_STATE_DICT_TYPE": kind})
+        add(name, {"FSDP_STATE_DICT_TYPE": kind}, {"save_by_hand": True})
         checkpoint = folder / name / "checkpoints" / "checkpoint-3"
         add(f"{name}, resumed", {"FSDP_STATE_DICT_TYPE": kind}, {"resume": str(checkpoint)})
     add("blocks kept", {"FSDP_ACTIVATION_CHECKPOINTING": "false"})
@@ -52,3 +54,12 @@ def test_same_as_one_process(launched, expected, assert_same, subtests):
     for name, ranks in outcomes.items():
         with subtests.test(name):
             assert_same(folder / name, ranks, expected, resumed="resume" in runs[name])
+
+
+@pytest.mark.parametrize("name", STATE_DICTS)
+def test_saved_without_the_trainer(launched, name):
+    """By `save_pretrained` on every process, as docs/distributed.md says."""
+    folder, _, _ = launched
+    expected = load_file(folder / name / "adapter" / "adapter_model.safetensors")
+    found = load_file(folder / name / "by hand" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

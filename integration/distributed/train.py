@@ -4,7 +4,7 @@
 
 `folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT),
 and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig), `dtype` (of the base),
-`environment` (in place of what the launcher sets) and `resume` (the folder of a checkpoint).
+`environment` (in place of what the launcher sets) `resume` (the folder of a checkpoint) and `save_by_hand`.
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
 of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter.
@@ -132,6 +132,9 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
         if "eval_data" in run:
             outcome["eval_losses"].append(trainer.evaluate()["eval_loss"])
         trainer.save_model(str(folder / "adapter"))
+        if run.get("save_by_hand"):
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            model.save_pretrained(folder / "by hand", is_main_process=trainer.accelerator.is_main_process)
         rank = trainer.args.process_index
         if rank == 0:
             gradients = {
