@@ -227,6 +227,16 @@ def norm_width(module: nn.Module) -> int | None:
     return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
 
 
+def sharded_dimension(model: Any, name: str) -> str | None:
+    """What transformers' tensor parallelism leaves on each process of what a module puts out, None if all of it."""
+    if (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    plan = model.tp_plan
+    if "sequence_parallel" in plan.values():
+        return "tokens"
+    return "features" if plan.get(re.sub(r"\d+", "*", name)) in ("colwise", "packed_colwise") else None
+
+
 def output_width(model: nn.Module, name: str) -> int:
     """The width of what a module puts out.
 
@@ -245,6 +255,8 @@ def output_width(model: nn.Module, name: str) -> int:
         problem = "lies in neither the encoder nor the decoder, each of which has tokens of its own"
     elif next(module.parameters(), None) is None:
         problem = "has no weights, so the width of its output is not known"
+    elif (sharded := sharded_dimension(model, name)) is not None:
+        problem = f"puts out a part of the {sharded} on each process, by the model's plan of tensor parallelism"
     if problem is None:
         for attribute in ("out_features", "embedding_dim") + (("nf",) if isinstance(module, Conv1D) else ()):
             if isinstance(width := getattr(module, attribute, None), int):

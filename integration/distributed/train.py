@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
@@ -54,6 +55,11 @@ def allow_fsdp_on_cpus() -> None:
     FlatParamHandle.to_cpu = nullcontext
     # Offloading pins memory for transfers to the accelerator; without one that is an error.
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+
+
+def allow_tensor_parallelism_on_cpus() -> None:
+    """accelerate refuses CPUs when it is told how a model is sharded, though transformers has sharded it by then."""
+    ParallelismConfig._validate_accelerator = lambda config, accelerator: None
 
 
 def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -128,6 +134,7 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
             "grad_norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
             "eval_losses": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
             "wrapped": type(trainer.model_wrapped).__name__,
+            "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
         }
         if "eval_data" in run:
             outcome["eval_losses"].append(trainer.evaluate()["eval_loss"])
@@ -148,6 +155,7 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
 
 def main(folder: Path) -> None:
     allow_fsdp_on_cpus()
+    allow_tensor_parallelism_on_cpus()
     for run in json.loads((folder / "runs.json").read_text()):
         (folder / run["name"]).mkdir(exist_ok=True)
         train(run, folder / run["name"])
