@@ -42,15 +42,26 @@ def in_one_process(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def assert_same():
-    """Compare a distributed run with one in one process: losses, norms, gradients and the saved adapter."""
+    """Compare a distributed run with one in one process: losses, norms, gradients and the saved adapter.
 
-    def compare(folder, ranks, expected, atol=1e-5):
+    The first step of a resumed run is another one, whose gradients are left out.
+    """
+
+    def compare(folder, ranks, expected, atol=1e-5, resumed=False):
         other, outcome = expected
         for rank in ranks:
             for name in ("losses", "grad_norms", "eval_losses"):
                 assert rank[name] == pytest.approx(outcome[name], abs=atol), name
         for name in ("gradients.safetensors", "adapter/adapter_model.safetensors"):
-            assert_equal_tensors(load_file(folder / name), load_file(other / name), atol=atol)
+            found, same = (
+                {
+                    key: tensor
+                    for key, tensor in load_file(at / name).items()
+                    if not (resumed and key.startswith("first."))
+                }
+                for at in (folder, other)
+            )
+            assert_equal_tensors(found, same, atol=atol)
         assert (folder / "adapter/adapter_config.json").read_text() == (
             other / "adapter/adapter_config.json"
         ).read_text()
