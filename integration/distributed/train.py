@@ -4,10 +4,12 @@
 
 `folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT),
 and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig), `dtype` (of the base),
-`environment` (in place of what the launcher sets) and `resume` (the folder of a checkpoint).
+`quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets) and `resume` (the folder
+of a checkpoint).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
-of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter.
+of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter, and
+save_pretrained, where it does not refuse, to `folder`/name/directly.
 """
 
 import json
@@ -22,11 +24,11 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, _optim_utils
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 from trainers import losses, make_trainer, reft
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from peft_reft.model import plain_name
 
@@ -47,14 +49,19 @@ def allow_fsdp_on_cpus() -> None:
             PartialState._shared_state.update(changed)
 
     AcceleratorState.__init__ = init_with_fsdp
-    # FSDP1 offloads a state dict to the CPU by a move, and frees what it has moved: here the very same tensors.
+    # FSDP1 moves state dicts to the CPU, and frees or fills anew what it has moved from: here the very same tensors.
     FlatParamHandle.to_cpu = nullcontext
+    unflatten = _optim_utils._unflatten_orig_param_states
+    _optim_utils._unflatten_orig_param_states = lambda *args: unflatten(*args[:-1], cpu_offload=False)  # which copies
+    torch.Tensor.pin_memory = lambda tensor: tensor  # offloaded shards, for copies to an accelerator
+    torch.cpu.Stream.synchronize = lambda stream: None  # no such copies to wait for
 
 
 def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The gradients of all trained parameters, gathered from all ranks."""
     is_fsdp1 = isinstance(model, FullyShardedDataParallel)
-    with FullyShardedDataParallel.summon_full_params(model, with_grads=True) if is_fsdp1 else nullcontext():
+    summon = FullyShardedDataParallel.summon_full_params
+    with summon(model, with_grads=True, writeback=False) if is_fsdp1 else nullcontext():
         found = {plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
         return {
             name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().cpu().clone()
@@ -85,7 +92,8 @@ def make_trainer_of(run: dict, folder: Path):
     eval_data = Dataset.from_list(run["eval_data"]) if "eval_data" in run else None
     config = reft(**run.get("reft", {}))
     data = Dataset.from_list(run["data"])
-    return make_trainer(run["base"], folder / "checkpoints", data, tokenizer, eval_data, config, **options)
+    quantized = {"quantization_config": BitsAndBytesConfig(**run["quantized"])} if "quantized" in run else None
+    return make_trainer(run["base"], folder / "checkpoints", data, tokenizer, eval_data, config, quantized, **options)
 
 
 def train(run: dict, folder: Path, callbacks=()) -> dict:
@@ -106,6 +114,10 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
             outcome["eval_losses"].append(trainer.evaluate()["eval_loss"])
         trainer.save_model(str(folder / "adapter"))
         rank = trainer.args.process_index
+        try:
+            trainer.model.save_pretrained(str(folder / "directly"), is_main_process=rank == 0)
+        except (KeyError, RuntimeError, ValueError) as error:
+            outcome["refused"] = str(error)
         if rank == 0:
             gradients = {
                 f"{when}.{name}": grad for when in ("first", "last") for name, grad in vars(recorded)[when].items()
