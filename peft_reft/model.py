@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .config import ReftConfig
@@ -21,6 +22,7 @@ from .registration import REFT
 from .targets import find_targets, is_excluded
 
 TAG = "reft"
+PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
 
 
@@ -81,6 +83,8 @@ class ReftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
         keep_dtypes(model)
+        if not self.peft_config[adapter_name].inference_mode:
+            keep_unpacked(model)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(TAG)
 
@@ -193,9 +197,17 @@ class ReftModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         needed = needed_tensors(model, adapter_name)
         keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
-        keys |= {f"base_model.model.{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
+        keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
         check_checkpoint(adapter_name, needed, state_dict)
+        placed = {
+            key: sharded_as(getattr(unit, name), state_dict[key])
+            for key, unit, name in tensors_of(model, adapter_name)
+        }
+        state_dict = state_dict | placed
+        if not any(name.startswith(PEFT_PREFIX) for name, _ in model.named_parameters()):
+            # PEFT takes the prefix away for a model that is no PeftModel, and takes one that FSDP1 wraps for that.
+            state_dict = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in state_dict.items()}
         return state_dict
 
 
@@ -221,19 +233,37 @@ def keep_dtypes(model: nn.Module) -> None:
                 module.keep_dtype()
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes compute with 4-bit weights as they are.
+
+    On CPUs with AVX512-BF16 it packs them in evaluation, rounded, for a kernel without a gradient, and leaves them so
+    in training: gradients below are then zero, or those of the residual stream alone.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.state_dict()  # unpacks what has been packed
+            state = getattr(module.weight, "quant_state", None)
+            if state is not None and state.absmax.dim() == 2:  # left transposed by bitsandbytes 0.50
+                state.absmax = state.absmax.T.reshape(-1).float()
+
+
 def plain_name(name: str) -> str:
     """The name of a module or parameter without those of wrappers around its parents, as state dicts have it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
+    """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
+    for name, (_, layer) in adapted_modules(model).items():
+        for unit, intervention in layer.units(adapter_name).items():
+            for key in intervention.shapes():
+                yield f"{plain_name(name)}.{LAYER}.reft_{unit}.{adapter_name}.{key}", intervention, key
+
+
 def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of an adapter, whole, by the keys that they have in the model's state dict."""
-    return {
-        f"{plain_name(name)}.{LAYER}.reft_{unit}.{adapter_name}.{key}": shape
-        for name, (_, layer) in adapted_modules(model).items()
-        for unit, intervention in layer.units(adapter_name).items()
-        for key, shape in intervention.shapes().items()
-    }
+    """The shapes of all tensors of an adapter, whole, by their keys in the model's state dict."""
+    return {key: unit.shapes()[name] for key, unit, name in tensors_of(model, adapter_name)}
 
 
 def is_other_rank() -> bool:
@@ -243,7 +273,15 @@ def is_other_rank() -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor, gathered from all processes if it is a shard of FSDP2's."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, of which each process keeps the part that it has of a parameter if that is sharded by FSDP2."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)  # all have it
 
 
 def wrong_shapes(needed: dict[str, tuple[int, ...]], given: dict[str, torch.Tensor]) -> list[str]:

@@ -5,18 +5,11 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
-from accelerate.utils import fsdp_utils
 from peft import PeftModel
 from peft.utils import other
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    _init_optim_state,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.fsdp.wrap import _or_policy, transformer_auto_wrap_policy
 from transformers import GenerationMixin, Trainer
 from transformers.integrations import PeftAdapterMixin
@@ -26,7 +19,7 @@ from .card import describe_use
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
-from .model import keep_dtypes, misfit, plain_name
+from .model import keep_dtypes, misfit
 from .registration import REFT
 
 
@@ -41,8 +34,6 @@ def complete_upstream() -> None:
     complete(Trainer, "__init__", restore_dtypes)
     complete(Trainer, "save_model", save_sharded)
     complete(Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
-    complete(fsdp_utils, "_get_model_state_dict", get_trained)
-    complete(fsdp_utils, "_set_model_state_dict", set_trained)
     complete(other, "fsdp_auto_wrap_policy", wrap_units)
 
 
@@ -168,55 +159,18 @@ def save_sharded(
     method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
     """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
-    model = trainer.model
-    if sharding_of_state_dicts(trainer) and model and adapted_modules(model):
+    plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
+    if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and model and adapted_modules(model):
         state_dict = trainer.accelerator.get_state_dict(model)
         trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
     method(trainer, output_dir, _internal_call)
 
 
-def sharding_of_state_dicts(trainer: Trainer) -> int | None:
-    """The version of FSDP that is to shard the state dicts of a training, None if none is."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    return plugin.fsdp_version if plugin is not None and "SHARDED" in str(plugin.state_dict_type) else None
-
-
-def get_trained(
-    method: Callable[..., Any], model: Any, adapter_only: bool = False, sd_options: StateDictOptions | None = None
-) -> dict[str, Any]:
-    """Part of accelerate's `save_fsdp_model`: what is trained, under the names that `set_trained` finds again."""
-    if not (adapter_only and adapted_modules(model)):
-        return method(model, adapter_only, sd_options)
-    if sd_options is not None:  # FSDP2
-        return get_model_state_dict(model, options=replace(sd_options, ignore_frozen_params=True))
-    trained = {plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in trained}
-
-
-def set_trained(
-    method: Callable[..., Any],
-    model: Any,
-    state_dict: dict[str, Any],
-    adapter_only: bool = False,
-    sd_options: StateDictOptions | None = None,
-) -> Any:
-    """Part of accelerate's `load_fsdp_model`: give each process its part of what is trained.
-
-    accelerate has PEFT do it where FSDP is of version 1 or state dicts are to be sharded. PEFT does not find the names
-    within wrappers, and says nothing: training would resume from a new adapter.
-    """
-    if not (adapter_only and adapted_modules(model)):
-        return method(model, state_dict, adapter_only, sd_options)
-    if sd_options is not None:  # FSDP2
-        return set_model_state_dict(model, state_dict, options=replace(sd_options, strict=False))
-    return model.load_state_dict(state_dict, strict=False)
-
-
 def load_sharded_optimizer(method: Callable[..., Any], trainer: Trainer, checkpoint: str | None) -> None:
-    """accelerate reads a sharded state into what the optimizer of FSDP1 has: into nothing, if it has made no step."""
-    model, optimizer = trainer.model, trainer.optimizer
-    if checkpoint and sharding_of_state_dicts(trainer) == 1 and model and optimizer and adapted_modules(model):
-        _init_optim_state(optimizer)
+    """accelerate reads into what state an optimizer of FSDP1 has, where it is sharded: into none before a step."""
+    plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
+    if checkpoint and plugin is not None and plugin.fsdp_version == 1 and model and adapted_modules(model):
+        _init_optim_state(trainer.optimizer)  # type: ignore[arg-type]
     method(trainer, checkpoint)
 
 

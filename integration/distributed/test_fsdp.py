@@ -37,7 +37,7 @@ def describe_all(describe, rows, folder, version):
 
     def run(name, more=None, environment=None, **settings):
         settings = {"gradient_checkpointing": False} | settings
-        return describe(name, rows, {"environment": environment or {}} | (more or {}), **settings)
+        return describe(name, rows, {"environment": environment or {}, "directly": True} | (more or {}), **settings)
 
     def resumed(name, more=None, environment=None, **settings):
         checkpoint = folder / name / "checkpoints" / "checkpoint-3"

@@ -4,8 +4,8 @@
 
 `folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT),
 and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig), `dtype` (of the base),
-`quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets) and `resume` (the folder
-of a checkpoint).
+`quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets), `resume` (the folder of
+a checkpoint) and `directly` (true to have save_pretrained called, too, by all ranks).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
 of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter, and
@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FullyShardedDataParallel, _optim_utils
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 from trainers import losses, make_trainer, reft
@@ -42,6 +42,9 @@ def allow_fsdp_on_cpus() -> None:
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            for config in (fsdp_plugin.state_dict_config, fsdp_plugin.optim_state_dict_config):
+                if config is not None:
+                    config.offload_to_cpu = False  # a move that copies nothing here, of one buffer for all states
             self.fsdp_plugin = fsdp_plugin
             # FSDP1 wants the CPU without an index
             changed = {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
@@ -49,19 +52,16 @@ def allow_fsdp_on_cpus() -> None:
             PartialState._shared_state.update(changed)
 
     AcceleratorState.__init__ = init_with_fsdp
-    # FSDP1 moves state dicts to the CPU, and frees or fills anew what it has moved from: here the very same tensors.
+    # FSDP1 offloads a state dict to the CPU by a move, and frees what it has moved: here the very same tensors.
     FlatParamHandle.to_cpu = nullcontext
-    unflatten = _optim_utils._unflatten_orig_param_states
-    _optim_utils._unflatten_orig_param_states = lambda *args: unflatten(*args[:-1], cpu_offload=False)  # which copies
-    torch.Tensor.pin_memory = lambda tensor: tensor  # offloaded shards, for copies to an accelerator
-    torch.cpu.Stream.synchronize = lambda stream: None  # no such copies to wait for
+    # Offloading pins memory for transfers to the accelerator; without one that is an error.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
 
 
 def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The gradients of all trained parameters, gathered from all ranks."""
     is_fsdp1 = isinstance(model, FullyShardedDataParallel)
-    summon = FullyShardedDataParallel.summon_full_params
-    with summon(model, with_grads=True, writeback=False) if is_fsdp1 else nullcontext():
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True) if is_fsdp1 else nullcontext():
         found = {plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
         return {
             name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().cpu().clone()
@@ -69,14 +69,36 @@ def whole_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         }
 
 
+def gradients_of_deepspeed(engine) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {plain_name(name): p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: safe_get_full_grad(p).detach().clone() for name, p in found.items()}
+
+
+def clipped(gradients: dict[str, torch.Tensor], max_norm: float) -> dict[str, torch.Tensor]:
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    return {name: grad * min(1, max_norm / (norm + 1e-6)) for name, grad in gradients.items()}
+
+
 class RecordGradients(TrainerCallback):
     """Keeps the gradients, as they are after clipping, of the first and the last step."""
 
-    def __init__(self):
-        self.first, self.last = None, None
+    def __init__(self, trainer):
+        self.trainer, self.first, self.last = trainer, None, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine = self.trainer.deepspeed
+        if engine is not None:  # it clips and steps before the trainer calls on_pre_optimizer_step
+            step = engine.step
+            engine.step = lambda: [self.record(clipped(gradients_of_deepspeed(engine), args.max_grad_norm)), step()]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.last = whole_gradients(model)
+        if self.trainer.deepspeed is None:
+            self.record(whole_gradients(model))
+
+    def record(self, gradients):
+        self.last = gradients
         self.first = self.first or self.last
 
 
@@ -100,7 +122,7 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
     """Train as `run` says, save the adapter, and return what came of it."""
     with environment_of(run):
         trainer = make_trainer_of(run, folder)
-        recorded = RecordGradients()
+        recorded = RecordGradients(trainer)
         for callback in (recorded, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=run.get("resume"))
@@ -114,13 +136,14 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
             outcome["eval_losses"].append(trainer.evaluate()["eval_loss"])
         trainer.save_model(str(folder / "adapter"))
         rank = trainer.args.process_index
-        try:
-            trainer.model.save_pretrained(str(folder / "directly"), is_main_process=rank == 0)
-        except (KeyError, RuntimeError, ValueError) as error:
-            outcome["refused"] = str(error)
+        if run.get("directly"):
+            try:
+                trainer.model.save_pretrained(str(folder / "directly"), is_main_process=rank == 0)
+            except (KeyError, RuntimeError, ValueError) as error:
+                outcome["refused"] = str(error)
         if rank == 0:
             gradients = {
-                f"{when}.{name}": grad for when in ("first", "last") for name, grad in vars(recorded)[when].items()
+                f"{when}.{name}": grad for when in ("first", "last") for name, grad in getattr(recorded, when).items()
             }
             save_file(gradients, folder / "gradients.safetensors")
         (folder / f"rank{rank}.json").write_text(json.dumps(outcome))
