@@ -20,6 +20,7 @@ HEADS = {"reft": {"modules_to_save": ["lm_head"]}}
 def launched(tmp_path_factory, rows, describe):
     """The folder, the runs and what came of them: all in one launch, one after the other."""
     folder = tmp_path_factory.mktemp("ddp")
+    preferences = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " one fox"} for row in rows]
     saving = {"save_strategy": "steps", "save_steps": 3}
     shuffled = {"train_sampling_strategy": "random", "gradient_accumulation_steps": 2} | saving
     middle = {name: {"resume": str(folder / name / "checkpoints" / "checkpoint-3")} for name in ("shuffled", "heads")}
@@ -32,6 +33,7 @@ def launched(tmp_path_factory, rows, describe):
         describe("shuffled, resumed", rows, middle["shuffled"], **shuffled),
         describe("heads", rows, HEADS, **saving),
         describe("heads, resumed", rows, HEADS | middle["heads"], **saving),
+        describe("preferences", preferences, max_length=None),
     ]
     outcomes = train_distributed("ddp", folder, described)
     return folder, {run["name"]: run for run in described}, outcomes
@@ -44,8 +46,11 @@ def mean_of_tokens(model, batches):
     return cross_entropy(torch.cat(logits), torch.cat(targets))
 
 
-@pytest.mark.parametrize("name, accumulation", [("plain", 1), ("accumulated", 1), ("shuffled", 2), ("heads", 1)])
+@pytest.mark.parametrize(
+    "name, accumulation", [("plain", 1), ("accumulated", 1), ("shuffled", 2), ("heads", 1), ("preferences", 1)]
+)
 def test_same_as_one_process(launched, in_one_process, assert_same, name, accumulation):
+    """For preferences, too, where the reference of DPO is the same model with the adapter switched off."""
     folder, runs, outcomes = launched
     assert {rank["wrapped"] for rank in outcomes[name]} == {"DistributedDataParallel"}
     same_batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}

@@ -1,11 +1,11 @@
-"""What each process of a distributed test runs: TRL's SFTTrainer, as often as runs.json says, and what came of it.
+"""What each process of a distributed test runs: a trainer of TRL's, as often as runs.json says, and what came of it.
 
     accelerate launch --config_file ... train.py folder
 
-`folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT),
-and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig), `dtype` (of the base),
-`quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets), `resume` (the folder of
-a checkpoint) and `directly` (true to have save_pretrained called, too, by all ranks).
+`folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT,
+or for DPO), and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig or DPOConfig),
+`dtype` (of the base), `quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets),
+`resume` (the folder of a checkpoint) and `directly` (true to have save_pretrained called, too, by all ranks).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
 of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter, and
@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
-from trainers import losses, make_trainer, reft
+from trainers import common, losses, make_trainer, reft
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from peft_reft.model import plain_name
 
@@ -114,6 +115,11 @@ def make_trainer_of(run: dict, folder: Path):
     eval_data = Dataset.from_list(run["eval_data"]) if "eval_data" in run else None
     config = reft(**run.get("reft", {}))
     data = Dataset.from_list(run["data"])
+    if "chosen" in data.column_names:
+        arguments = DPOConfig(**common(folder / "checkpoints", **options))
+        return DPOTrainer(
+            run["base"], args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config
+        )
     quantized = {"quantization_config": BitsAndBytesConfig(**run["quantized"])} if "quantized" in run else None
     return make_trainer(run["base"], folder / "checkpoints", data, tokenizer, eval_data, config, quantized, **options)
 
