@@ -108,7 +108,7 @@ def main(script_args, training_args, model_args, reft_args):
     trainer.accelerator.print(f"Adapter saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        if trainer.accelerator.is_main_process:
+        if trainer.accelerator.is_main_process and not trainer.is_fsdp_enabled:  # one alone has not all shards
             trainer.model.push_to_hub(trainer.hub_model_id)  # adds to TRL's card how the adapter is loaded
         trainer.accelerator.print(f"Adapter pushed to https://huggingface.co/{trainer.hub_model_id}")
 

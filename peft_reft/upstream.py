@@ -147,12 +147,9 @@ def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any
 
 
 def restore_dtypes(method: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away.
-
-    Under FSDP it stays cast: what is sharded together is of one dtype.
-    """
+    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away."""
     method(trainer, *args, **kwargs)
-    if trainer.model is not None and not trainer.is_fsdp_enabled:
+    if trainer.model is not None:
         for module in trainer.model.modules():
             if isinstance(module, Intervention):
                 module.restore_dtype()

@@ -1,13 +1,15 @@
-"""What each process of a distributed test runs: TRL's SFTTrainer, as often as runs.json says, and what came of it.
+"""What each process of a distributed test runs: a trainer of TRL's, as often as runs.json says, and what came of it.
 
     accelerate launch --config_file ... train.py folder
 
-`folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT),
-and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig), `dtype` (of the base),
-`environment` (in place of what the launcher sets) `resume` (the folder of a checkpoint) and `save_by_hand`.
+`folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT,
+or for DPO), and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig or DPOConfig),
+`dtype` (of the base), `quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets),
+`resume` (the folder of a checkpoint) and `directly` (true to have save_pretrained called, too, by all ranks).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
-of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter.
+of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter, and
+save_pretrained, where it does not refuse, to `folder`/name/directly.
 """
 
 import json
@@ -26,8 +28,9 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
-from trainers import losses, make_trainer, reft
-from transformers import AutoTokenizer, TrainerCallback
+from trainers import common, losses, make_trainer, reft
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from peft_reft.model import plain_name
 
@@ -118,7 +121,13 @@ def make_trainer_of(run: dict, folder: Path):
     eval_data = Dataset.from_list(run["eval_data"]) if "eval_data" in run else None
     config = reft(**run.get("reft", {}))
     data = Dataset.from_list(run["data"])
-    return make_trainer(run["base"], folder / "checkpoints", data, tokenizer, eval_data, config, **options)
+    if "chosen" in data.column_names:
+        arguments = DPOConfig(**common(folder / "checkpoints", **options))
+        return DPOTrainer(
+            run["base"], args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config
+        )
+    quantized = {"quantization_config": BitsAndBytesConfig(**run["quantized"])} if "quantized" in run else None
+    return make_trainer(run["base"], folder / "checkpoints", data, tokenizer, eval_data, config, quantized, **options)
 
 
 def train(run: dict, folder: Path, callbacks=()) -> dict:
@@ -139,10 +148,12 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
         if "eval_data" in run:
             outcome["eval_losses"].append(trainer.evaluate()["eval_loss"])
         trainer.save_model(str(folder / "adapter"))
-        if run.get("save_by_hand"):
-            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-            model.save_pretrained(folder / "by hand", is_main_process=trainer.accelerator.is_main_process)
         rank = trainer.args.process_index
+        if run.get("directly"):
+            try:
+                trainer.model.save_pretrained(str(folder / "directly"), is_main_process=rank == 0)
+            except (KeyError, RuntimeError, ValueError) as error:
+                outcome["refused"] = str(error)
         if rank == 0:
             gradients = {
                 f"{when}.{name}": grad for when in ("first", "last") for name, grad in getattr(recorded, when).items()
