@@ -18,6 +18,7 @@ from .intervention import Intervention
 from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
 from .layout import architecture_of
 from .mixed_batch import current_mixed_batch, set_mixed_batch
+from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .targets import find_targets, is_excluded
 
@@ -85,6 +86,7 @@ class ReftModel(BaseTuner):
         keep_dtypes(model)
         if not self.peft_config[adapter_name].inference_mode:
             keep_unpacked(model)
+            check_gradients_at_first(model)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(TAG)
 
@@ -145,6 +147,7 @@ class ReftModel(BaseTuner):
         if merge:
             raise ValueError(CANNOT_MERGE)
         unhook_model(self.model)
+        forget_check(self.model)
         names = {name for name, config in self.peft_config.items() if config.peft_type == REFT}
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= names:
@@ -223,29 +226,6 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     for unit in layer.units(adapter_name).values():
         if devices and not unit.b.is_meta:
             unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)
-
-
-def keep_dtypes(model: nn.Module) -> None:
-    """Have adapters of a quantized model remember their parameters, which TRL's trainers cast."""
-    if getattr(model, "is_quantized", False):
-        for module in model.modules():
-            if isinstance(module, Intervention):
-                module.keep_dtype()
-
-
-def keep_unpacked(model: nn.Module) -> None:
-    """Have bitsandbytes compute with 4-bit weights as they are.
-
-    On CPUs with AVX512-BF16 it packs them in evaluation, rounded, for a kernel without a gradient, and leaves them so
-    in training: gradients below are then zero, or those of the residual stream alone.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            module.state_dict()  # unpacks what has been packed
-            state = getattr(module.weight, "quant_state", None)
-            if state is not None and state.absmax.dim() == 2:  # left transposed by bitsandbytes 0.50
-                state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def plain_name(name: str) -> str:

@@ -19,7 +19,8 @@ from .card import describe_use
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
-from .model import keep_dtypes, misfit
+from .model import misfit
+from .quantized import keep_dtypes
 from .registration import REFT
 
 

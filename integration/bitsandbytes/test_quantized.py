@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from trainers import assert_equal_tensors, gradients, losses, make_trainer, reft
 from transformers import AutoModelForCausalLM
 
-from peft_reft.model import keep_unpacked
+from peft_reft.quantized import keep_unpacked
 
 pytest.importorskip("bitsandbytes")
 
