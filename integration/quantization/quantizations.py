@@ -97,13 +97,17 @@ def compressed_tensors(base, folder, scheme):
 
 
 def gptqmodel(base, folder, method, bits):
+    """With its kernels that have a gradient: those that it chooses by itself on a CPU may be for inference alone."""
     from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AwqConfig, GPTQConfig
 
     config = QuantizeConfig(bits=bits, group_size=64, method=method, format="gemm" if method == "awq" else "gptq")
     model = GPTQModel.load(str(base), config, device="cpu")
     model.quantize(TEXTS, batch_size=1)
     model.save(str(folder))
-    return loading(folder, torch_dtype=torch.float32)
+    if method == "awq":
+        return loading(folder, lambda: AwqConfig(bits=bits, group_size=64, backend="torch_awq"))
+    return loading(folder, lambda: GPTQConfig(bits=bits, group_size=64, backend="gptq_torch"))
 
 
 def gguf(base, folder, kind):
