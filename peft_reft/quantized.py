@@ -84,13 +84,19 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A linear layer of each kind that a model has, with its name, where it can be called as it lies."""
     kinds = set()
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "in_features", None), int):
+        if width_of(module) is not None:
             kind = type(module), type(getattr(module, "weight", None)), frozenset(vars(module))
             tensors = [*module.parameters(), *module.buffers()]
             sharded = any(tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in tensors)
             if kind not in kinds and tensors and not sharded:
                 kinds.add(kind)
                 yield name, module
+
+
+def width_of(module: nn.Module) -> int | None:
+    """The width of what a linear layer is given, None for another module."""
+    width = getattr(module, "in_features", getattr(module, "infeatures", None))  # of GPTQ's layers
+    return width if isinstance(width, int) else None
 
 
 def passed_gradient(module: nn.Module) -> float:
@@ -100,8 +106,8 @@ def passed_gradient(module: nn.Module) -> float:
     """
     tensors = [*module.parameters(), *module.buffers()]
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
-    shape = 2, 32, module.in_features  # kernels may ask for some rows
-    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tensors[0].device, dtype)  # type: ignore
+    shape: Any = 2, 32, width_of(module)  # kernels may ask for some rows
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tensors[0].device, dtype)
     x, direction = given
     with torch.no_grad():
         change = module(x + STEP * direction) - module(x - STEP * direction)

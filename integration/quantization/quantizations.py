@@ -110,6 +110,40 @@ def gptqmodel(base, folder, method, bits):
     return loading(folder, lambda: GPTQConfig(bits=bits, group_size=64, backend="gptq_torch"))
 
 
+def auto_round(base, folder):
+    from auto_round import AutoRound
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    how = dict(scheme="W4A16", iters=0, disable_opt_rtn=True, device_map="cpu")
+    AutoRound(model, tokenizer, **how).quantize_and_save(str(folder), format="auto_round")
+    (made,) = folder.glob("*-w4g128")
+    return loading(made)
+
+
+def aqlm(base, folder):
+    """Codes drawn at random: its package has layers for CPUs, what finds the codes of given weights is for GPUs."""
+    import aqlm  # noqa: F401
+    from transformers import AqlmConfig
+    from transformers.integrations import replace_with_aqlm_linear
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = AqlmConfig(linear_weights_not_to_quantize=["lm_head"])
+    replace_with_aqlm_linear(model, modules_to_not_convert=["lm_head"], quantization_config=config)
+    tensors = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("codes"):
+            tensors[name] = torch.randint(-(2**15), 2**15, tensor.shape, dtype=tensor.dtype, generator=generator)
+        elif name.endswith("codebooks"):
+            tensors[name] = torch.randn(tensor.shape, generator=generator)
+        elif name.endswith("scales"):
+            tensors[name] = torch.full(tensor.shape, 0.1)
+    save_file({name: tensors[name] for name in model.state_dict()}, folder / "model.safetensors", {"format": "pt"})
+    write_config(base, folder, config.to_dict())
+    return loading(folder)
+
+
 def gguf(base, folder, kind):
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
@@ -196,6 +230,8 @@ QUANTIZATIONS = {
     "GPTQ 4": partial(gptqmodel, method="gptq", bits=4),
     "GPTQ 8": partial(gptqmodel, method="gptq", bits=8),
     "AWQ 4": partial(gptqmodel, method="awq", bits=4),
+    "AutoRound 4": auto_round,
+    "AQLM": aqlm,
     "GGUF Q8_0": partial(gguf, kind="Q8_0"),
     "GGUF Q4_0": partial(gguf, kind="Q4_0"),
     "fine-grained FP8": fine_grained_fp8,
