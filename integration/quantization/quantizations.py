@@ -71,10 +71,11 @@ def quanto(base, folder, weights):
     return loading(base, lambda: QuantoConfig(weights=weights))
 
 
-def compressed_tensors(base, folder, scheme):
+def compressed_tensors(base, folder, scheme, dequantize=False):
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
+    from transformers import CompressedTensorsConfig
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     groups = {"group_0": preset_name_to_scheme(scheme, ["Linear"])}
@@ -93,7 +94,7 @@ def compressed_tensors(base, folder, scheme):
     compressor.compress_model(model)
     model.save_pretrained(folder)
     compressor.update_config(folder)
-    return loading(folder)
+    return loading(folder, (lambda: CompressedTensorsConfig(dequantize=True)) if dequantize else None)
 
 
 def gptqmodel(base, folder, method, bits):
@@ -227,6 +228,7 @@ QUANTIZATIONS = {
     "compressed-tensors W4A16": partial(compressed_tensors, scheme="W4A16"),
     "compressed-tensors W8A8": partial(compressed_tensors, scheme="W8A8"),
     "compressed-tensors FP8_DYNAMIC": partial(compressed_tensors, scheme="FP8_DYNAMIC"),
+    "compressed-tensors FP8_DYNAMIC, dequantized": partial(compressed_tensors, scheme="FP8_DYNAMIC", dequantize=True),
     "GPTQ 4": partial(gptqmodel, method="gptq", bits=4),
     "GPTQ 8": partial(gptqmodel, method="gptq", bits=8),
     "AWQ 4": partial(gptqmodel, method="awq", bits=4),
