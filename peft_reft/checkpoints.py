@@ -5,41 +5,64 @@ from the highest number, whole or not: it fails, or goes on without the optimize
 """
 
 import json
-import pickletools
+import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch.distributed.checkpoint import FileSystemReader
 
+STATE = "trainer_state.json"  # written last by the main process
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # is there while transformers writes a just-in-time checkpoint
 WEIGHTS = r"(adapter_model|model|pytorch_model)(\.safetensors|\.bin)(\.index\.json)?"
+BY_TORCH = (
+    r"(adapter_model|pytorch_model.*|optimizer|scheduler|scaler|rng_state.*|training_args|.*_states)\.(pth?|bin)"
+)
+SHARDS = r"(pytorch_model_fsdp|optimizer)_\d+"  # folders that FSDP writes
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint in a folder from which training goes on as if nothing had interrupted it.
 
     Newer ones that are not whole are left out, with a warning that says why. Files are compared with their own tables
-    of contents; their data are not read.
+    of contents; their data are not read. Among several processes, all call it, and all get what the first finds.
 
     Args:
         folder (`str` or `Path`): `output_dir` of a transformers `Trainer`, which holds folders `checkpoint-<step>`.
 
     Returns:
         `str` or None: the path of the checkpoint, None if no checkpoint is whole.
+
+    Raises:
+        FileNotFoundError: on a process that does not see the folder which the first one has found.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return find_last(folder)
+    is_first = torch.distributed.get_rank() == 0
+    (found,) = broadcast_object_list([find_last(folder) if is_first else None])
+    if found is not None and not Path(found).is_dir():
+        raise FileNotFoundError(f"{found}, which the first process resumes from, is not there for this one.")
+    return found
+
+
+def find_last(folder: str | Path) -> str | None:
+    """What `last_whole_checkpoint` finds, by this process alone."""
     names = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
     checkpoints = {int(step): path for step, path in names.items() if step.isdecimal() and path.is_dir()}
     for step, path in sorted(checkpoints.items(), reverse=True):
-        defect = next(defects(path, step), None)
+        try:
+            defect = next(defects(path, step), None)
+        except Exception as error:  # every format's reader has errors of its own, and another run may take files away
+            defect = f"it cannot be read ({error!r})"
         if defect is None:
             return str(path)
-        warnings.warn(f"{path} is not whole and is left out: {defect}.", stacklevel=2)
+        warnings.warn(f"{path} is not whole and is left out: {defect}.", stacklevel=3)
     return None
 
 
@@ -50,13 +73,13 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
     for path in sorted(checkpoint.rglob("*")):
         try:
             check_contents(path)
-        except Exception as error:  # every format's reader has errors of its own
+        except Exception as error:
             yield f"{path.relative_to(checkpoint)} cannot be read ({error})"
-    state = checkpoint / "trainer_state.json"  # written last by the main process
+    state = checkpoint / STATE
     if not state.exists():
-        yield "trainer_state.json is missing"
+        yield f"{STATE} is missing"
     if json.loads(state.read_text())["global_step"] != step:
-        yield "trainer_state.json is of another step"
+        yield f"{STATE} is of another step"
 
     weights = [path for path in checkpoint.rglob("*") if re.fullmatch(WEIGHTS, path.name)]
     if any(path.stem == "adapter_model" and not path.with_name("adapter_config.json").exists() for path in weights):
@@ -65,26 +88,32 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
     by_deepspeed = any(checkpoint.glob("global_step*"))
     if not (weights or by_fsdp or by_deepspeed):
         yield "the weights are missing"
-    arguments = checkpoint / "training_args.bin"  # not there beside weights that FSDP has sharded
-    if arguments.exists() and pickled_value(arguments, "save_only_model"):
-        return
-    processes = pickled_value(arguments, "num_processes") if arguments.exists() else None
+    arguments = checkpoint / "training_args.bin"
+    shards = [re.fullmatch(r"__(\d+)_.*\.distcp", path.name) for path in checkpoint.rglob("*.distcp")]
+    if arguments.exists():
+        attributes = saved_attributes(arguments)
+        if attributes["save_only_model"]:
+            return
+        processes = attributes["distributed_state"].num_processes
+    elif shards:  # beside weights that FSDP has sharded there may be none
+        processes = max(int(match[1]) for match in shards if match) + 1
+    else:
+        yield "training_args.bin is missing"
     if by_deepspeed:
         yield from defects_of_deepspeed(checkpoint, processes)
     else:
-        optimizers = [path.name for path in checkpoint.glob("optimizer*")]
-        if not optimizers:
+        if not any(re.fullmatch(r"optimizer(\.pt|\.bin|_\d+)", path.name) for path in checkpoint.iterdir()):
             yield "the optimizer's state is missing"
-        if "optimizer.pt" not in optimizers and not by_fsdp:
+        if any(checkpoint.glob("optimizer_*/")) and not by_fsdp:
             yield "the weights of FSDP are missing"
         if not (checkpoint / "scheduler.pt").exists():
             yield "scheduler.pt is missing"
-    alone = processes in (1, None) and (checkpoint / "rng_state.pth").exists()
+    alone = processes == 1 and (checkpoint / "rng_state.pth").exists()
     if not alone and not has_all_ranks(checkpoint, r"rng_state_(\d+)\.pth", processes):
         yield "the state of a random number generator is missing"
 
 
-def defects_of_deepspeed(checkpoint: Path, processes: int | None) -> Iterator[str]:
+def defects_of_deepspeed(checkpoint: Path, processes: int) -> Iterator[str]:
     """What is wrong with the part of a checkpoint that DeepSpeed writes: a folder, and a file that names it."""
     latest = checkpoint / "latest"
     name = latest.read_text() if latest.exists() else ""
@@ -99,38 +128,62 @@ def defects_of_deepspeed(checkpoint: Path, processes: int | None) -> Iterator[st
         yield "the model's state of a process is missing"
 
 
-def has_all_ranks(folder: Path, pattern: str, processes: int | None) -> bool:
-    """Whether a folder has a file of each process: if it is not known how many, of two or more, without a gap."""
+def has_all_ranks(folder: Path, pattern: str, processes: int) -> bool:
+    """Whether a folder has a file of each process."""
     matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
     ranks = {int(match[1]) for match in matches if match}
-    return ranks >= set(range(processes or max({1} | ranks) + 1))
+    return ranks >= set(range(processes))
 
 
 def check_contents(path: Path) -> None:
     """Raise an error if a file, or a folder that FSDP writes, does not hold what its own table of contents lists."""
     if path.is_dir():
-        if re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+", path.name):
+        if re.fullmatch(SHARDS, path.name):
             for part in FileSystemReader(path).read_metadata().storage_data.values():
                 if (path / part.relative_path).stat().st_size < part.offset + part.length:
                     raise ValueError(f"{part.relative_path} is too short")
     elif path.suffix == ".json":
         contents = json.loads(path.read_text(encoding="utf-8"))
         if path.name.endswith(".index.json"):
-            for name in contents["weight_map"].values():
-                path.with_name(name).stat()
+            for file in set(contents["weight_map"].values()):
+                check_shard(path.with_name(file), {key for key, f in contents["weight_map"].items() if f == file})
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="pt"):
             pass
-    elif path.suffix in (".pt", ".pth", ".bin"):
+    elif re.fullmatch(BY_TORCH, path.name):
         zipfile.ZipFile(path).close()
 
 
-def pickled_value(file: Path, name: str) -> Any:
-    """A number, a bool or a string that an object saved by torch holds under a name; the pickle is read, not run."""
+def check_shard(path: Path, keys: set[str]) -> None:
+    """Raise an error if a file is missing that holds a part of a model, or does not have the tensors of these keys."""
+    if path.suffix != ".safetensors":
+        path.stat()
+        return
+    with safe_open(path, framework="pt") as shard:
+        if missing := keys - set(shard.keys()):
+            raise ValueError(f"{path.name} does not have {min(missing)}")
+
+
+class Inert:
+    """Stands for any class that a pickle names: keeps the attributes, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Reads a pickle without running any code that it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return Inert
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def saved_attributes(file: Path) -> dict[str, Any]:
+    """The attributes of an object that `torch.save` has written, of which plain values are as they were."""
     with zipfile.ZipFile(file) as archive:
         (member,) = (member for member in archive.namelist() if member.endswith("/data.pkl"))
-        steps = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(member)) if "PUT" not in op.name]
-    for (_, key), (kind, value) in pairwise(steps):
-        if key == name:
-            return {"NEWTRUE": True, "NEWFALSE": False}.get(kind, value)
-    return None
+        with archive.open(member) as stream:
+            return vars(InertUnpickler(stream).load())

@@ -120,8 +120,12 @@ class Intervention(nn.Module):
         self._kept = {}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Intervention":
+        dtypes, kept = [p.dtype for p in self.parameters()], bool(self._kept)
+        super()._apply(fn, recurse)
         self._kept = {}  # half(), to(dtype) and the like say what is wanted
-        return super()._apply(fn, recurse)
+        if kept and dtypes == [p.dtype for p in self.parameters()]:  # moved
+            self.keep_dtype()
+        return self
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that its tensors have when they are whole, whatever of them lies on this device."""

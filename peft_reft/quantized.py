@@ -86,11 +86,18 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if width_of(module) is not None:
             kind = type(module), type(getattr(module, "weight", None)), frozenset(vars(module))
-            tensors = [*module.parameters(), *module.buffers()]
-            sharded = any(tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in tensors)
-            if kind not in kinds and tensors and not sharded:
+            if kind not in kinds and not is_sharded(module):
                 kinds.add(kind)
                 yield name, module
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a linear layer has not all of its tensors here: offloaded, or sharded by FSDP or DeepSpeed."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() != 2:  # FSDP1 flattens it
+        return True
+    tensors = [*module.parameters(), *module.buffers()]
+    return any(tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in tensors)
 
 
 def width_of(module: nn.Module) -> int | None:

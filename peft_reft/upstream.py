@@ -5,17 +5,17 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.utils import other
-from torch.distributed.checkpoint.state_dict import _init_optim_state
-from torch.distributed.fsdp.wrap import _or_policy, transformer_auto_wrap_policy
 from transformers import GenerationMixin, Trainer
 from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
 from .card import describe_use
+from .checkpoints import STATE
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
@@ -33,6 +33,7 @@ def complete_upstream() -> None:
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
     complete(Trainer, "__init__", restore_dtypes)
+    complete(Trainer, "_save_checkpoint", begin_checkpoint)
     complete(Trainer, "save_model", save_sharded)
     complete(Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
     complete(other, "fsdp_auto_wrap_policy", wrap_units)
@@ -156,21 +157,36 @@ def restore_dtypes(method: Callable[..., Any], trainer: Trainer, *args: Any, **k
                 module.restore_dtype()
 
 
+def begin_checkpoint(method: Callable[..., Any], trainer: Trainer, model: Any, trial: Any, **kwargs: Any) -> None:
+    """A checkpoint is whole when the trainer's state is there, which is written last: not one that was left there.
+
+    Training that goes on from an earlier checkpoint writes those after it anew, over files that are there.
+    """
+    if trainer.args.should_save and trainer.model is not None and adapted_modules(trainer.model):
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        (folder / STATE).unlink(missing_ok=True)
+    method(trainer, model, trial, **kwargs)
+
+
 def save_sharded(
-    method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False
+    method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> None:
     """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
     if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and model and adapted_modules(model):
         state_dict = trainer.accelerator.get_state_dict(model)
-        trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
-    method(trainer, output_dir, _internal_call)
+        if trainer.args.should_save:
+            trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
+    method(trainer, output_dir, *args, **kwargs)
 
 
 def load_sharded_optimizer(method: Callable[..., Any], trainer: Trainer, checkpoint: str | None) -> None:
     """accelerate reads into what state an optimizer of FSDP1 has, where it is sharded: into none before a step."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
-    if checkpoint and plugin is not None and plugin.fsdp_version == 1 and model and adapted_modules(model):
+    is_sharded = bool(checkpoint) and any(Path(str(checkpoint)).glob("optimizer_*/"))
+    if is_sharded and plugin is not None and plugin.fsdp_version == 1 and model and adapted_modules(model):
+        from torch.distributed.checkpoint.state_dict import _init_optim_state  # private, and needed here alone
+
         _init_optim_state(trainer.optimizer)  # type: ignore[arg-type]
     method(trainer, checkpoint)
 
@@ -183,5 +199,8 @@ def wrap_units(method: Callable[..., Any], model: Any) -> Callable[..., bool]:
     policy = method(model)
     if not adapted_modules(model):
         return policy
-    units = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Intervention})
-    return functools.partial(_or_policy, policies=[policy, units])
+
+    def policy_of_units(module: Any, recurse: bool, **kwargs: Any) -> bool:
+        return recurse or isinstance(module, Intervention) or policy(module=module, recurse=recurse, **kwargs)
+
+    return policy_of_units

@@ -19,7 +19,7 @@ DAMAGES = {
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "a byte short": lambda path: path.write_bytes(path.read_bytes().rstrip(b"\n")[:-1]),
 }
-HARMLESS = {("README.md", damage) for damage in DAMAGES} | {("training_args.bin", "missing")}
+HARMLESS = {("README.md", damage) for damage in DAMAGES}
 
 
 def make_trainer(folder, adapted=True, **options):
@@ -108,7 +108,13 @@ def test_shards_of_a_whole_model(tmp_path):
     assert last_step(tmp_path) == 6
     shards = sorted((tmp_path / "checkpoint-6").glob("model-*.safetensors"))
     assert len(shards) > 1
-    shards[-1].unlink()
+    left, stale = shards[-1], shards[-1].read_bytes()
+    shutil.copy(shards[0], left)
+    with pytest.warns(UserWarning, match=f"{left.name} does not have"):
+        assert last_step(tmp_path) == 4
+    left.write_bytes(stale)
+    assert last_step(tmp_path) == 6
+    left.unlink()
     with pytest.warns(UserWarning, match=f"model.safetensors.index.json cannot be read .*{shards[-1].name}"):
         assert last_step(tmp_path) == 4
     shutil.rmtree(tmp_path / "checkpoint-6")
@@ -130,6 +136,37 @@ def test_names_of_checkpoints(trained, run):
     (run / "checkpoint-10" / "checkpoint-is-incomplete.txt").touch()  # as transformers' just-in-time checkpoints do
     with pytest.warns(UserWarning, match="checkpoint-10.*it holds checkpoint-is-incomplete.txt"):
         assert last_step(run) == 4
+
+
+def test_second_crash(trained, run, monkeypatch):
+    """A checkpoint that is written over one that a first crash has left is not whole by what was left."""
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, resume=str(run / "checkpoint-2"))
+    monkeypatch.undo()
+    assert (run / "checkpoint-4" / "optimizer.pt").exists()
+    with pytest.warns(UserWarning, match="checkpoint-4.*trainer_state.json is missing"):
+        assert last_step(run) == 2
+    assert train(run, resume=str(run / "checkpoint-2")) == trained[1]
+    assert last_step(run) == 6
+
+
+def test_names_of_runs_are_no_settings(tmp_path):
+    train(tmp_path, run_name="save_only_model")
+    (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="the optimizer's state is missing"):
+        assert last_step(tmp_path) == 4
+
+
+def test_a_state_of_another_kind(run):
+    (run / "checkpoint-4" / "trainer_state.json").write_text("[]")
+    with pytest.warns(UserWarning, match="checkpoint-4.*cannot be read"):
+        assert last_step(run) == 2
+
+
+def test_files_of_others(run):
+    (run / "checkpoint-4" / "vocabulary.bin").write_bytes(b"not of torch")
+    assert last_step(run) == 4
 
 
 def test_no_checkpoint(tmp_path):
