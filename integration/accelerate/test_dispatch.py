@@ -181,7 +181,7 @@ def test_trained_in_a_loop_as_if_not_placed(ids, load, tmp_path, how):
 
 @pytest.mark.parametrize("how", ["some blocks on disk", "one device"])
 def test_trained_by_sft_as_if_not_placed(load, pairs, tokenizer, tmp_path, how):
-    """Losses and what is saved, in a resumed run, too. TRL's loss reads the head's weight, which must not be on disk."""
+    """Losses and what is saved, resumed, too. TRL's loss reads the head's weight, which must not be on disk."""
 
     def train(how, name, resume=None):
         torch.manual_seed(1)
