@@ -97,7 +97,9 @@ def is_sharded(module: nn.Module) -> bool:
     if isinstance(weight, torch.Tensor) and weight.dim() != 2:  # FSDP1 flattens it
         return True
     tensors = [*module.parameters(), *module.buffers()]
-    return any(tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in tensors)
+    return not tensors or any(
+        tensor.is_meta or isinstance(tensor, DTensor) or not tensor.numel() for tensor in tensors
+    )
 
 
 def width_of(module: nn.Module) -> int | None:

@@ -4,7 +4,8 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,12 @@ def load_or_take_back(
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do.
     """
     before = set(model.peft_config)
-    refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
+    in_place = is_in_place(model, adapter_name)  # as when training is resumed
+    if not in_place:
+        refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
     try:
-        result = method(model, model_id, adapter_name, *args, **kwargs)
+        with placed_for_good(model) if in_place else nullcontext():
+            result = method(model, model_id, adapter_name, *args, **kwargs)
     except Exception:
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == REFT:
@@ -81,6 +85,25 @@ def load_or_take_back(
         raise
     keep_dtypes(model)  # of tensors that may be other ones than those that were made
     return result
+
+
+def is_in_place(model: PeftModel, adapter_name: str) -> bool:
+    """Whether an adapter lies where its blocks are executed, in a model to which accelerate has given its hooks."""
+    units = [unit for _, layer in adapted_modules(model).values() for unit in layer.units(adapter_name).values()]
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked and bool(units) and not any(unit.b.is_meta for unit in units)
+
+
+@contextmanager
+def placed_for_good(model: PeftModel) -> Iterator[None]:
+    """Keep PEFT from placing a model anew, by a device map of its own, when it loads the model's only adapter."""
+    own = {name: places for name, places in vars(model).items() if name == "hf_device_map"}
+    vars(model)["hf_device_map"] = None
+    try:
+        yield
+    finally:
+        del vars(model)["hf_device_map"]
+        vars(model).update(own)
 
 
 def refuse_adapter_names(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

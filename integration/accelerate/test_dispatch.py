@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from by_hand import GREEDY, MASK, ByHand, labels_of, make_llama
 from peft import PeftModel, get_peft_model
+from trainers import assert_equal_tensors, gradients, losses, make_trainer
 from transformers import AutoModelForCausalLM
 
 from peft_reft import ReftConfig
@@ -128,3 +129,72 @@ def test_adapter_loaded_into_a_placed_model(ids, tmp_path, by):
     else:
         model.load_adapter(str(tmp_path / "adapter"))
     assert_edited(model.eval(), ByHand(base, saved), ids)
+
+
+# Models that transformers places: what does not fit into memory lies on disk
+
+PLACED = {
+    "auto": dict(device_map="auto", max_memory={"cpu": 90_000}),  # of 127,872 bytes: two blocks and the head on disk
+    "some blocks on disk": dict(device_map=SPREAD | {"lm_head": "cpu"}),
+    "one device": dict(device_map={"": "cpu"}),
+}
+
+
+@pytest.fixture
+def load(base, tmp_path):
+    """Loads the base, placed as PLACED says, or not at all."""
+
+    def load(how=None):
+        folders = dict(offload_folder=str(tmp_path / "offloaded")) if how else {}
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="float32", **PLACED.get(how, {}), **folders)
+        assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (how in ("auto", "some blocks on disk"))
+        return model
+
+    return load
+
+
+def assert_same_adapter(folder, other):
+    """Byte for byte: dtypes, keys, values."""
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("how", PLACED)
+def test_trained_in_a_loop_as_if_not_placed(ids, load, tmp_path, how):
+    def train(how):
+        torch.manual_seed(1)
+        model = get_peft_model(load(how), config(dropout=0.1)).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        labels, found = labels_of(ids, [(5, 12)], [(8, 12)]), []
+        for _ in range(3):
+            loss = model(input_ids=ids, attention_mask=MASK, labels=labels).loss
+            loss.backward()
+            found.append({"loss": loss.detach()} | gradients(model))
+            optimizer.step()
+        model.save_pretrained(tmp_path / str(how))
+        return found
+
+    for found, expected in zip(train(how), train(None), strict=True):
+        assert_equal_tensors(found, expected)
+    assert_same_adapter(tmp_path / how, tmp_path / "None")
+
+
+@pytest.mark.parametrize("how", ["some blocks on disk", "one device"])
+def test_trained_by_sft_as_if_not_placed(load, pairs, tokenizer, tmp_path, how):
+    """Losses and what is saved, resumed, too. TRL's loss reads the head's weight, which must not be on disk."""
+
+    def train(how, name, resume=None):
+        torch.manual_seed(1)
+        options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = make_trainer(load(how), tmp_path / name, pairs, tokenizer, peft_config=config(), **options)
+        places = getattr(trainer.model, "hf_device_map", None)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        trainer.save_model(str(tmp_path / name))
+        assert getattr(trainer.model, "hf_device_map", None) == places  # not placed anew when resumed
+        return losses(trainer)
+
+    expected = train(None, "whole")
+    assert train(how, "placed") == pytest.approx(expected, abs=1e-5)
+    assert_same_adapter(tmp_path / "placed", tmp_path / "whole")
+    assert train(how, "resumed", tmp_path / "placed" / "checkpoint-2") == pytest.approx(expected, abs=1e-5)
+    assert_same_adapter(tmp_path / "resumed", tmp_path / "whole")
