@@ -24,6 +24,7 @@ WEIGHTS = r"(adapter_model|model|pytorch_model)(\.safetensors|\.bin)(\.index\.js
 BY_TORCH = (
     r"(adapter_model|pytorch_model.*|optimizer|scheduler|scaler|rng_state.*|training_args|.*_states)\.(pth?|bin)"
 )
+JSON = r"(trainer_state|(adapter_)?config|.*\.index)\.json"
 SHARDS = r"(pytorch_model_fsdp|optimizer)_\d+"  # folders that FSDP writes
 
 
@@ -82,8 +83,12 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
         yield f"{STATE} is of another step"
 
     weights = [path for path in checkpoint.rglob("*") if re.fullmatch(WEIGHTS, path.name)]
-    if any(path.stem == "adapter_model" and not path.with_name("adapter_config.json").exists() for path in weights):
+    configs = {path.parent for path in checkpoint.rglob("adapter_config.json")}  # a folder for each
+    adapters = {path.parent for path in weights if path.name.startswith("adapter_model.")}
+    if adapters - configs:
         yield "adapter_config.json is missing"
+    if configs - adapters and not any(path.parent == checkpoint for path in weights):
+        yield "the weights of an adapter are missing"
     by_fsdp = any(checkpoint.glob("pytorch_model_fsdp*"))
     by_deepspeed = any(checkpoint.glob("global_step*"))
     if not (weights or by_fsdp or by_deepspeed):
@@ -92,7 +97,7 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
     shards = [re.fullmatch(r"__(\d+)_.*\.distcp", path.name) for path in checkpoint.rglob("*.distcp")]
     if arguments.exists():
         attributes = saved_attributes(arguments)
-        if attributes["save_only_model"]:
+        if attributes.get("save_only_model"):
             return
         processes = attributes["distributed_state"].num_processes
     elif shards:  # beside weights that FSDP has sharded there may be none
@@ -142,9 +147,9 @@ def check_contents(path: Path) -> None:
             for part in FileSystemReader(path).read_metadata().storage_data.values():
                 if (path / part.relative_path).stat().st_size < part.offset + part.length:
                     raise ValueError(f"{part.relative_path} is too short")
-    elif path.suffix == ".json":
+    elif re.fullmatch(JSON, path.name):
         contents = json.loads(path.read_text(encoding="utf-8"))
-        if path.name.endswith(".index.json"):
+        if path.name.endswith(".index.json") and "weight_map" in contents:
             for file in set(contents["weight_map"].values()):
                 check_shard(path.with_name(file), {key for key, f in contents["weight_map"].items() if f == file})
     elif path.suffix == ".safetensors":
@@ -164,11 +169,20 @@ def check_shard(path: Path, keys: set[str]) -> None:
             raise ValueError(f"{path.name} does not have {min(missing)}")
 
 
-class Inert:
-    """Stands for any class that a pickle names: keeps the attributes, and does nothing."""
+class Inert(dict):
+    """Stands for any class that a pickle names: keeps attributes and items, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+    def append(self, item: Any) -> None:
+        pass
+
+    extend = add = append
 
 
 class InertUnpickler(pickle.Unpickler):

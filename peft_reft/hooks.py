@@ -92,11 +92,7 @@ def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
 
 
 def checkpoint_edits(module: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of an adapted module: have transformers' gradient checkpointing run edits again with the block.
-
-    It checkpoints `forward`, outside of which hooks are: what edits need in the backward pass, which may be all of the
-    hidden states in float32, would be kept for all blocks.
-    """
+    """Forward pre-hook of what transformers checkpoints around edits: have it run them again with their plan."""
     _local.checkpointed = None
     if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -105,7 +101,11 @@ def checkpoint_edits(module: nn.Module, args: tuple) -> None:
 
 
 class CheckpointEdits:
-    """transformers' checkpointing function, as a block calls it with its forward, and the edit of what that puts out.
+    """transformers' checkpointing function, for blocks with adapters in them.
+
+    A block that is adapted itself is edited within: transformers checkpoints its `forward`, outside of which hooks
+    are, and what its edit needs in the backward pass, perhaps all of the hidden states in float32, would be kept for
+    all blocks.
 
     Args:
         function (`Callable`): what transformers has set.
@@ -115,26 +115,27 @@ class CheckpointEdits:
         self.function = function
 
     def __call__(self, forward: Any, *args: Any) -> Any:
-        module: Any = next(iter(getattr(forward, "args", ())), None)  # None before transformers 5.23
-        plan = None
+        if plans.current_plan() is None:
+            return self.function(forward, *args)
+        block: Any = next(iter(getattr(forward, "args", ())), None)  # None before transformers 5.23
+        layer = layer_of(block) if isinstance(block, nn.Module) else None
         # With no gradient from before the block, reentrant checkpointing would give none to what is within.
         takes_part = torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args)
-        if takes_part and isinstance(module, nn.Module):
-            layer = layer_of(module)
-            if layer is not None and layer.is_used_by(plans.current_plan()):
-                plan = find_plan(module, args, forward.keywords)
-        if plan is None:
-            return self.function(forward, *args)
-
-        kept = plan.kept
+        is_edited = takes_part and layer is not None and layer.is_used_by(plans.current_plan())
+        kept = plans.current_plan().kept  # type: ignore[union-attr]
 
         def forward_and_edit(*args: Any) -> Any:
             current = plans.current_plan()
-            known = current if current is not None and current.kept is kept else kept  # in the backward pass
-            return edited_output(module, known, args, forward.keywords, forward(*args))
+            plan = current if current is not None and current.kept is kept else kept  # in the backward pass
+            plans.set_plan(plan)
+            try:
+                output = forward(*args)
+            finally:
+                plans.set_plan(current)
+            return edited_output(block, plan, args, forward.keywords, output) if is_edited else output
 
         output = self.function(forward_and_edit, *args)
-        _local.checkpointed = module
+        _local.checkpointed = block if is_edited else None
         return output
 
 
@@ -297,10 +298,7 @@ def hook_module(module: nn.Module, layer: ReftLayer) -> None:
     """Make `layer` a child of `module` and pass the module's output through it."""
     module.add_module(LAYER, layer)
     # First of the module's hooks, so that others (transformers' records of hidden states) see the edit.
-    module._reft_layer_handles = (  # type: ignore[assignment]
-        module.register_forward_hook(edit_output, with_kwargs=True, prepend=True),
-        module.register_forward_pre_hook(checkpoint_edits),
-    )
+    module._reft_layer_handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)  # type: ignore
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -339,6 +337,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
     callers: dict[str, tuple[str, bool]] = {}
     for name in adapted_modules(model):
         callers = roles_around(model, name, config) | callers
+        hook_checkpoints(model, name)
     family = family_of(model)
     for path, (kind, apart) in callers.items():
         module = model.get_submodule(path)
@@ -355,16 +354,26 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
             vars(module)["generate"] = Generate(module, family)
 
 
+def hook_checkpoints(model: nn.Module, name: str) -> None:
+    """Hook all that transformers may checkpoint around an adapted module, and the module itself."""
+    parts = name.split(".")
+    for n in range(len(parts) + 1):
+        module = model.get_submodule(".".join(parts[:n]))
+        if hasattr(module, "gradient_checkpointing") and "_reft_checkpoint_handle" not in vars(module):
+            module._reft_checkpoint_handle = module.register_forward_pre_hook(checkpoint_edits)  # type: ignore
+
+
 def unhook_model(model: nn.Module) -> None:
     """Take every `ReftLayer` and every hook away again."""
     for module, _ in adapted_modules(model).values():
         del module._modules[LAYER]
-        for handle in vars(module).pop("_reft_layer_handles"):
-            handle.remove()
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(function, CheckpointEdits):
-            module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+        vars(module).pop("_reft_layer_handle").remove()
     for module in model.modules():
+        if "_reft_checkpoint_handle" in vars(module):
+            vars(module).pop("_reft_checkpoint_handle").remove()
+            function: Any = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, CheckpointEdits):
+                module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
         if "_reft_role" in vars(module):
             del module._reft_role
             for handle in vars(module).pop("_reft_handles"):

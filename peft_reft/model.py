@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -81,6 +82,7 @@ class ReftModel(BaseTuner):
             state_dict = {
                 key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
             }
+        refuse_sharded(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
         keep_dtypes(model)
@@ -226,6 +228,12 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     for unit in layer.units(adapter_name).values():
         if devices and not unit.b.is_meta:
             unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise a ValueError if FSDP has sharded a model: what is added to it would be trained by each process apart."""
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("Add adapters before FSDP shards the model: those added later are not kept the same.")
 
 
 def plain_name(name: str) -> str:

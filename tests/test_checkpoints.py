@@ -1,6 +1,9 @@
 """Checkpoints of a real `Trainer`, damaged file by file, and what training does that resumes from what is left."""
 
+import functools
 import shutil
+from collections import OrderedDict, defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,8 +99,29 @@ def test_checkpoints_that_hold_the_model_only(tmp_path):
     assert not (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
     assert last_step(tmp_path) == 6
     (tmp_path / "checkpoint-6" / "adapter_model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="the weights are missing"):
+    with pytest.warns(UserWarning, match="the weights of an adapter are missing"):
         assert last_step(tmp_path) == 4
+
+
+def test_weights_of_another_adapter(run):
+    """PEFT saves adapters of other names in folders of their own; each has what belongs to it."""
+    shutil.copytree(run / "checkpoint-4", run / "other", ignore=lambda _, names: set(names) - set(FILES[:2]))
+    (run / "other").rename(run / "checkpoint-4" / "other")
+    assert last_step(run) == 4
+    (run / "checkpoint-4" / "adapter_model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="the weights of an adapter are missing"):
+        assert last_step(run) == 2
+    (run / "checkpoint-4" / "adapter_config.json").unlink()
+    assert last_step(run) == 4  # of a model whose only adapter is the other
+
+
+def test_settings_of_other_types(tmp_path):
+    """Objects among the training arguments, of types that are read without their code."""
+    settings = OrderedDict(a=1), defaultdict(list, a=[1]), functools.partial(print, 1), {3}, Path("a")
+    trainer = make_trainer(tmp_path)
+    trainer.args.settings = settings
+    trainer.train()
+    assert last_step(tmp_path) == 6
 
 
 def test_shards_of_a_whole_model(tmp_path):
@@ -166,6 +190,7 @@ def test_a_state_of_another_kind(run):
 
 def test_files_of_others(run):
     (run / "checkpoint-4" / "vocabulary.bin").write_bytes(b"not of torch")
+    (run / "checkpoint-4" / "lines.json").write_text("{}\n{}\n")
     assert last_step(run) == 4
 
 

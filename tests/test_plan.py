@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from by_hand import MASK, TWO, adapt_model, assert_edits, generated, labels_of, make_llama, random_ids
+from peft import get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -247,6 +248,32 @@ def test_edits_are_checkpointed_with_their_block(adapt, ids, reentrant, of_embed
         assert_edits((mode, by_hand), columns, input_ids=ids, labels=labels)
     model.unload()
     assert not any(isinstance(block._gradient_checkpointing_func, CheckpointEdits) for block in blocks)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("target_modules", [["mlp"], r"model\.layers\.\d+(\.mlp)?"], ids=["within", "both"])
+def test_modules_within_checkpointed_blocks(ids, target_modules, reentrant):
+    """They may be given hidden states alone, by which no plan could be found again."""
+    torch.manual_seed(0)
+    config = ReftConfig(
+        task_type="CAUSAL_LM", r=4, positions="f2+l2", init_weights=False, target_modules=target_modules
+    )
+    model = get_peft_model(make_llama(), config).train()
+    labels = labels_of(ids, [(5, 12)], [(8, 12)])
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        loss = model(input_ids=ids, labels=labels).loss
+        with torch.no_grad():
+            model(input_ids=ids[:, :6], labels=labels[:, :6])  # has a plan of its own
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+    for name, gradient in gradients[0].items():
+        assert gradient.norm() > 0 or ".layers.2." in name  # after which no token reads the first ones
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_checkpointed_block_is_not_kept_alive(ids):
