@@ -111,11 +111,13 @@ def test_bfloat16_as_in_one_process(launched, in_one_process, version, name):
 
 @pytest.mark.parametrize("version", [2, 1])
 def test_save_pretrained_saves_the_whole_adapter_or_refuses(launched, version):
-    """Called for trainer.model itself, by all processes: never a part of the adapter, and never a shard."""
+    """By all processes, with a gathered state dict; of trainer.model itself never a part or a shard of the adapter."""
     folder, runs, outcomes = launched(version)
     for name, run in runs.items():
         refused = [rank for rank in outcomes[name] if "refused" in rank]
         directly = folder / name / "directly/adapter_model.safetensors"
+        saved = load_file(folder / name / "adapter" / directly.name)
+        assert_equal_tensors(load_file(folder / name / "gathered" / directly.name), saved, atol=0)
         assert bool(refused) == ("modules_to_save" in run.get("reft", {})) != directly.exists(), name
         if not refused:
-            assert_equal_tensors(load_file(directly), load_file(folder / name / "adapter" / directly.name), atol=0)
+            assert_equal_tensors(load_file(directly), saved, atol=0)

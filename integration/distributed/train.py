@@ -5,11 +5,12 @@
 `folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT,
 or for DPO), and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig or DPOConfig),
 `dtype` (of the base), `quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets),
-`resume` (the folder of a checkpoint) and `directly` (true to have save_pretrained called, too, by all ranks).
+`resume` (the folder of a checkpoint) and `directly` (true to have the adapter saved by save_pretrained, too).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
 of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter, and
-save_pretrained, where it does not refuse, to `folder`/name/directly.
+save_pretrained, called by all ranks, with the state dict that accelerate gathers to `folder`/name/gathered, and, where
+it does not refuse, without one to `folder`/name/directly.
 """
 
 import json
@@ -150,6 +151,9 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
         trainer.save_model(str(folder / "adapter"))
         rank = trainer.args.process_index
         if run.get("directly"):
+            model, accelerator = trainer.model, trainer.accelerator
+            options = {"state_dict": accelerator.get_state_dict(model), "is_main_process": accelerator.is_main_process}
+            accelerator.unwrap_model(model).save_pretrained(str(folder / "gathered"), **options)
             try:
                 trainer.model.save_pretrained(str(folder / "directly"), is_main_process=rank == 0)
             except (KeyError, RuntimeError, ValueError) as error:
