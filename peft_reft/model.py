@@ -190,9 +190,8 @@ class ReftModel(BaseTuner):
         if problems:
             raise ValueError(
                 f"The state dict of adapter {adapter_name!r} is not whole: {in_short(problems)}. Gather it before you "
-                "save it. trainer.save_model does; else, on every process: state_dict = "
-                "accelerator.get_state_dict(model), then accelerator.unwrap_model(model).save_pretrained(folder, "
-                "state_dict=state_dict, is_main_process=accelerator.is_main_process)."
+                "save it. trainer.save_model does; else state_dict = accelerator.get_state_dict(model) everywhere, "
+                "and accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict) on the main one."
             )
         return {key: whole(state_dict[key]) for key in needed}
 

@@ -26,6 +26,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -424,6 +426,18 @@ def test_status(ids):
 def test_print_trainable_parameters(capsys):
     get_peft_model(make_llama(), config()).print_trainable_parameters()
     assert "trainable params: 1,560 ||" in capsys.readouterr().out
+
+
+def test_adapter_added_to_a_sharded_model_is_refused():
+    """Each process would draw and train its own."""
+    model = make_llama()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="Add adapters before FSDP shards the model"):
+            get_peft_model(model, ReftConfig(task_type="CAUSAL_LM"))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_merging_is_refused(ids):

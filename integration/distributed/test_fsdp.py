@@ -111,7 +111,7 @@ def test_bfloat16_as_in_one_process(launched, in_one_process, version, name):
 
 @pytest.mark.parametrize("version", [2, 1])
 def test_save_pretrained_saves_the_whole_adapter_or_refuses(launched, version):
-    """By all processes, with a gathered state dict; of trainer.model itself never a part or a shard of the adapter."""
+    """With a gathered state dict; without one, called by all processes, never a part or a shard of the adapter."""
     folder, runs, outcomes = launched(version)
     for name, run in runs.items():
         refused = [rank for rank in outcomes[name] if "refused" in rank]

@@ -8,9 +8,9 @@ or for DPO), and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (
 `resume` (the folder of a checkpoint) and `directly` (true to have the adapter saved by save_pretrained, too).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
-of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter, and
-save_pretrained, called by all ranks, with the state dict that accelerate gathers to `folder`/name/gathered, and, where
-it does not refuse, without one to `folder`/name/directly.
+of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter,
+save_pretrained to `folder`/name/gathered, with the state dict that accelerate gathers, and to `folder`/name/directly,
+called by all ranks without one, where it does not refuse.
 """
 
 import json
@@ -152,8 +152,9 @@ def train(run: dict, folder: Path, callbacks=()) -> dict:
         rank = trainer.args.process_index
         if run.get("directly"):
             model, accelerator = trainer.model, trainer.accelerator
-            options = {"state_dict": accelerator.get_state_dict(model), "is_main_process": accelerator.is_main_process}
-            accelerator.unwrap_model(model).save_pretrained(str(folder / "gathered"), **options)
+            state_dict = accelerator.get_state_dict(model)
+            if accelerator.is_main_process:
+                accelerator.unwrap_model(model).save_pretrained(str(folder / "gathered"), state_dict=state_dict)
             try:
                 trainer.model.save_pretrained(str(folder / "directly"), is_main_process=rank == 0)
             except (KeyError, RuntimeError, ValueError) as error:
