@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from by_hand import GREEDY, MASK, ByHand, labels_of, make_llama
 from peft import PeftModel, get_peft_model
 from trainers import assert_equal_tensors, gradients, losses, make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, layer
+from peft_reft.layer import edit_rows
 
 COLUMNS = {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]}
 PLACES = {"": "cpu"}
@@ -131,12 +133,62 @@ def test_adapter_loaded_into_a_placed_model(ids, tmp_path, by):
     assert_edited(model.eval(), ByHand(base, saved), ids)
 
 
+# Several devices in one model
+
+
+def test_each_block_is_edited_where_it_runs(ids, monkeypatch):
+    """The last blocks are on the meta device, for which adapters and indices on the CPU would not do."""
+    base, found = make_llama(), {}
+    for module in (*base.model.layers[1:], base.model.norm, base.lm_head):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta"))
+    model = get_peft_model(base, config()).train()
+
+    def record(hidden_states, unit, *rows):
+        found.setdefault(hidden_states.device.type, []).append([unit.R, unit.W, unit.b, *rows])
+        return edit_rows(hidden_states, unit, *rows)
+
+    monkeypatch.setattr(layer, "edit_rows", record)
+    labels = labels_of(ids, [(5, 12)], [(8, 12)])
+    for inputs in (dict(labels=labels), dict(prompt_lengths=torch.tensor([5, 4])), dict(position_ids=None)):
+        found.clear()
+        model.train("labels" in inputs)(input_ids=ids, attention_mask=MASK, **inputs)
+        assert {device: len(edits) for device, edits in found.items()} == {"cpu": 2, "meta": 4}
+        for device, edits in found.items():
+            assert {tensor.device.type for edit in edits for tensor in edit if tensor is not None} == {device}
+
+
+@pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")
+def test_blocks_on_two_accelerators(ids, tmp_path):
+    base = make_llama()
+    base.save_pretrained(tmp_path)
+    places = dict.fromkeys(SPREAD, 0) | {"model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places), config()).eval()
+    plain = get_peft_model(base, config()).eval()
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(model.get_parameter(name))
+    inputs = dict(input_ids=ids, attention_mask=MASK)
+    expected = ByHand(make_llama(), plain).logits(COLUMNS, **inputs)
+    found = model(**{name: tensor.to(0) for name, tensor in inputs.items()}).logits.cpu()
+    torch.testing.assert_close(found[1, 4:], expected[1, 4:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
+    inputs["labels"] = labels_of(ids, [(5, 12)], [(8, 12)])
+    for trained, device in ((model, 0), (plain, "cpu")):
+        trained.train()(**{name: tensor.to(device) for name, tensor in inputs.items()}).loss.backward()
+    found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
+    assert_equal_tensors(found, gradients(plain), atol=1e-4)
+
+
 # Models that transformers places: what does not fit into memory lies on disk
 
 PLACED = {
     "auto": dict(device_map="auto", max_memory={"cpu": 90_000}),  # of 127,872 bytes: two blocks and the head on disk
     "some blocks on disk": dict(device_map=SPREAD | {"lm_head": "cpu"}),
     "one device": dict(device_map={"": "cpu"}),
+    "to be quantized, but that is left to GPUs": dict(
+        device_map=SPREAD | {"lm_head": "cpu"},
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True),
+    ),
 }
 
 
@@ -147,7 +199,7 @@ def load(base, tmp_path):
     def load(how=None):
         folders = dict(offload_folder=str(tmp_path / "offloaded")) if how else {}
         model = AutoModelForCausalLM.from_pretrained(base, dtype="float32", **PLACED.get(how, {}), **folders)
-        assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (how in ("auto", "some blocks on disk"))
+        assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (how not in (None, "one device"))
         return model
 
     return load

@@ -12,6 +12,7 @@ pytest.importorskip("deepspeed")
 
 ON_CPUS = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}  # accelerate knows DeepSpeed or CPUs, not both
 SETTINGS = {"save_strategy": "steps", "save_steps": 3, "per_device_eval_batch_size": 2}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 ONE_PROCESS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
@@ -24,6 +25,7 @@ def runs_in(folder, rows, describe):
         describe("checkpointed, resumed", rows, more | resume, **SETTINGS),
         describe("accumulated", rows, per_device_train_batch_size=1, gradient_accumulation_steps=2),
         describe("clipped", rows, max_grad_norm=0.1, gradient_checkpointing=False),
+        describe("nf4", rows, {"quantized": NF4 | {"bnb_4bit_quant_storage": "float32"}}),
     ]
     return {run["name"]: run for run in runs}
 
