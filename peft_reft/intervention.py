@@ -30,14 +30,16 @@ def low_rank_edit(
     b: torch.Tensor,
     act_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
     subtracted: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """h + projection^T (act_fn(weight h + b) - subtracted h).
+    """h + projection^T (act_fn(weight h + b) - subtracted h), where a mask is true.
 
     Args:
         h (`torch.Tensor` [..., n, d]): hidden states.
         projection, weight, subtracted (`torch.Tensor` [..., r, d]): of the same dtype as `h`; None for zero.
         b (`torch.Tensor` [r] or [..., 1, r]): the bias.
         act_fn (*optional*): the identity if None.
+        mask (`torch.BoolTensor` [..., n], *optional*): the tokens to edit; None for all.
 
     Returns:
         `torch.Tensor` [..., n, d]
@@ -47,7 +49,12 @@ def low_rank_edit(
         low_rank = act_fn(low_rank)
     if subtracted is not None:
         low_rank = low_rank - h @ subtracted.mT
-    return h + low_rank @ projection
+    if mask is not None:
+        low_rank = torch.where(mask.unsqueeze(-1), low_rank, 0)  # here, where it is narrow
+    low_rank = low_rank.expand(*h.shape[:-1], -1)
+    if projection.dim() == 2:  # with the sum in the product, which then reads and writes h once
+        return torch.addmm(h.flatten(0, -2), low_rank.flatten(0, -2), projection).view_as(h)
+    return torch.baddbmm(h, low_rank, projection)
 
 
 class Intervention(nn.Module):
@@ -136,14 +143,15 @@ class Intervention(nn.Module):
         """The projection R [r, d] that is used, in float32 at least."""
         return projections(self.R, self.variant.orthonormal)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Edit hidden states.
 
         Args:
-            hidden_states (`torch.Tensor` [..., d]): any floating-point dtype.
+            hidden_states (`torch.Tensor` [..., n, d]): any floating-point dtype.
+            mask (`torch.BoolTensor` [..., n], *optional*): the tokens to edit; None for all.
 
         Returns:
-            `torch.Tensor` [..., d]: h', in the dtype of `hidden_states`, computed in float32 at least.
+            `torch.Tensor` [..., n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
         """
         with without_autocast(hidden_states.device):
             projection = self.projection()
@@ -154,8 +162,11 @@ class Intervention(nn.Module):
                 subtracted = projection
             elif self.variant.subtract:  # in one product, so that W = R makes the edit exactly zero
                 weight = -projection if weight is None else weight - projection
-            edited = low_rank_edit(h, projection, weight, b, self.act_fn, subtracted)
-            return self.dropout(edited).to(hidden_states.dtype)
+            edited = low_rank_edit(h, projection, weight, b, self.act_fn, subtracted, mask)
+            if self.training and self.dropout.p:
+                dropped = self.dropout(edited)
+                edited = dropped if mask is None else torch.where(mask.unsqueeze(-1), dropped, edited)
+            return edited.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, d={self.d}, {self.variant}"

@@ -1,6 +1,7 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -9,9 +10,9 @@ from torch import nn
 from .config import VARIANTS, ReftConfig
 from .intervention import Intervention
 from .plan import Plan
-from .positions import AnyPositions, Positions
+from .positions import AnyPositions, Positions, Rows
 
-Unit = Callable[[torch.Tensor], torch.Tensor]  # edits hidden states [batch, n, d]
+Unit = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # edits hidden states [batch, n, d] under a mask
 
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
@@ -99,8 +100,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         for positions, units in self.edits(plan):
             batch, tokens = hidden_states.shape[:2]
             rows = plan.rows(positions, tuple(units), batch, tokens, hidden_states.device)
-            for unit, (indices, mask) in (rows or {}).items():
-                hidden_states = edit_rows(hidden_states, units[unit], indices, mask)
+            for some in rows:
+                hidden_states = edit_rows(hidden_states, units, some)
         return hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -124,16 +125,58 @@ def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
     return {name: (module, layer) for name, module in model.named_modules() if (layer := layer_of(module)) is not None}
 
 
-def edit_rows(
-    hidden_states: torch.Tensor, unit: Unit, indices: torch.Tensor | None, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Edit some tokens: take them, edit, put back. The arguments are those of `Rows`."""
-    where = None
-    if indices is not None:
-        where = torch.arange(len(indices), device=indices.device).unsqueeze(-1), indices  # [batch, 1], [batch, n]
-    # Not by `gather`, which would keep all hidden states for the backward pass.
-    before = hidden_states if where is None else hidden_states[where]  # [batch, n, d]
-    after = unit(before)
-    if mask is not None:
-        after = torch.where(mask.unsqueeze(-1), after, before)
-    return after if where is None else hidden_states.index_put(where, after)
+class TakeRows(torch.autograd.Function):
+    """Take some tokens out, and what is left, into which `PutRows` must put them back.
+
+    Together they copy the hidden states once on the way forward, and their gradient once on the way back: that of what
+    is left is right but at the tokens that were taken, where that of these belongs.
+    """
+
+    @staticmethod
+    def forward(
+        hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden_states[rows, columns], hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, of_taken: torch.Tensor, of_left: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return of_left.index_put(ctx.saved_tensors, of_taken), None, None
+
+
+class PutRows(torch.autograd.Function):
+    """Put tokens that `TakeRows` has taken back into what it has left."""
+
+    @staticmethod
+    def forward(left: torch.Tensor, taken: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return left.index_put((rows, columns), taken)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        return gradient, gradient[ctx.saved_tensors], None, None
+
+
+def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows) -> torch.Tensor:
+    """Edit some tokens: take them, edit, put back.
+
+    Args:
+        hidden_states (`torch.Tensor` [batch, tokens, d]): all tokens.
+        units (`Mapping[str, Unit]`): the units by name.
+        rows (`Rows`): the tokens that each edits.
+    """
+    if rows.indices is None:
+        for unit, mask in rows.masks.items():
+            hidden_states = units[unit](hidden_states, mask)
+        return hidden_states
+    where = torch.arange(len(rows.indices), device=rows.indices.device).unsqueeze(-1), rows.indices
+    taken, left = TakeRows.apply(hidden_states, *where)
+    parts = taken.split([mask.shape[1] for mask in rows.masks.values()], dim=1)  # type: ignore[union-attr]
+    edited = [units[unit](part, mask) for (unit, mask), part in zip(rows.masks.items(), parts, strict=True)]
+    return PutRows.apply(left, torch.cat(edited, 1), *where)

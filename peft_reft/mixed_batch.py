@@ -54,7 +54,7 @@ class UnitsOfRows:
             subtract = subtract & ~activated
         self.weight = weight - projection * subtract  # in one product, as in `Intervention`
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Edit hidden states [batch, n, d], a multiple of the rows in the batch, as `Intervention.forward` does."""
         choices = self.choices.repeat_interleave(len(hidden_states) // len(self.choices))
         with without_autocast(hidden_states.device):
@@ -67,7 +67,7 @@ class UnitsOfRows:
                     source = torch.where(chosen[choices], self.act_fns[name](source), source)  # type: ignore[misc]
                 return source
 
-            edited = low_rank_edit(hidden_states.to(dtype), projection, weight, b, act_fn, subtracted)
+            edited = low_rank_edit(hidden_states.to(dtype), projection, weight, b, act_fn, subtracted, mask)
             return edited.to(hidden_states.dtype)
 
 

@@ -34,7 +34,7 @@ class Plan:
     call: Call
     outer: "Plan | None" = None
     mixed_batch: MixedBatch | None = None
-    _rows: dict[Any, list[tuple[int, int, dict[str, Rows] | None]]] = field(default_factory=dict)
+    _rows: dict[Any, list[tuple[int, int, list[Rows]]]] = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> "Plan":
@@ -43,7 +43,7 @@ class Plan:
 
     def rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
-    ) -> dict[str, Rows] | None:
+    ) -> list[Rows]:
         """The tokens that each unit edits, found once a call.
 
         Args:
@@ -53,7 +53,7 @@ class Plan:
             device (`torch.device`): device of the hidden states.
 
         Returns:
-            `dict[str, Rows]`, or None if nothing is edited.
+            `list[Rows]`: what is edited, one after the other, each with the columns of some of the units.
 
         Raises:
             ValueError: if the arguments do not tell where prompts end, or contradict themselves.
@@ -69,7 +69,7 @@ class Plan:
 
     def _find_rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
-    ) -> dict[str, Rows] | None:
+    ) -> list[Rows]:
         if self.call.owner is None:
             raise RuntimeError(
                 "A module was recomputed in the backward pass with adapters that its forward did not use."
@@ -80,7 +80,7 @@ class Plan:
         if spans is None:
             return positions.outside_prompts(units, batch, tokens, device)
         masks = positions.select(spans, units)
-        return {unit: to_rows(mask, positions.most(unit, spans)) for unit, mask in masks.items()}
+        return to_rows(masks, {unit: positions.most(unit, spans) for unit in masks})
 
 
 def current_plan() -> "Plan | None":

@@ -41,16 +41,17 @@ class Spans:
 
 
 class Rows(NamedTuple):
-    """The tokens that one unit edits, in a form whose shape does not depend on the data.
+    """The tokens that units edit, in a form whose shape does not depend on the data.
 
     Attributes:
-        indices (`torch.LongTensor` [batch, n], *optional*): distinct columns that hold every edited token; None for
-            all columns.
-        mask (`torch.BoolTensor` [batch, n], *optional*): which of these columns are edited; None for all.
+        indices (`torch.LongTensor` [batch, n], *optional*): distinct columns that hold every edited token, those of
+            one unit after those of the other; None if each unit is given all columns.
+        masks (`dict[str, torch.BoolTensor [batch, n_unit]]`): for each unit, which of its columns are edited; None
+            for all of them.
     """
 
     indices: torch.Tensor | None
-    mask: torch.Tensor | None
+    masks: dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,9 @@ class Positions:
         """How many first and last tokens of the prompt are edited, at most."""
         return (0, EVERY) if self.span == "prompt" else (self.prefix, self.suffix)
 
-    def outside_prompts(
-        self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
-    ) -> dict[str, Rows] | None:
-        """What is edited where no token is in a prompt; None if nothing is."""
-        return {"unit": Rows(None, None)} if self.span == "all" else None
+    def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
+        """What is edited where no token is in a prompt."""
+        return [Rows(None, {"unit": None})] if self.span == "all" else []
 
 
 @dataclass(frozen=True)
@@ -172,11 +171,9 @@ class PositionsOfRows:
         masks, everywhere = mark(spans, prefix, suffix, units), self._everywhere(batch, device)
         return masks if everywhere is None else masks | {units[-1]: masks[units[-1]] | (spans.valid & everywhere)}
 
-    def outside_prompts(
-        self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
-    ) -> dict[str, Rows] | None:
+    def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
         everywhere = self._everywhere(batch, device)
-        return None if everywhere is None else {units[-1]: Rows(None, everywhere.expand(-1, tokens))}
+        return [] if everywhere is None else [Rows(None, {units[-1]: everywhere.expand(-1, tokens)})]
 
     def _everywhere(self, batch: int, device: torch.device) -> torch.Tensor | None:
         """The rows whose every token is edited [batch, 1]; None if there is no such row."""
@@ -220,15 +217,27 @@ def mark(
     return {"prefix": first, "suffix": last} if len(units) == 2 else {"unit": first | last}
 
 
-def to_rows(mask: torch.Tensor, most: int | None) -> Rows:
-    """Turn a mask into the rows to gather.
+def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list[Rows]:
+    """Turn masks into the rows to gather.
 
     Args:
-        mask (`torch.BoolTensor` [batch, tokens]): the tokens to edit.
-        most (`int`, *optional*): a bound on the number of them in a row, known without looking at values.
+        masks (`dict[str, torch.BoolTensor [batch, tokens]]`): the tokens that each unit edits, none twice.
+        most (`dict[str, int | None]`): bounds on the number of them in a row, known without looking at values.
     """
-    if most is None or most >= mask.shape[1]:
-        return Rows(None, mask)
-    # Edited tokens first, then others: the columns stay distinct, so that the put-back writes none twice.
-    indices = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)[:, :most]
-    return Rows(indices, mask.gather(1, indices))
+    bounds = {unit: bound for unit, bound in most.items() if bound is not None}
+    tokens = next(iter(masks.values())).shape[1]
+    if sum(bounds.values()) >= tokens:
+        bounds = {}
+    whole = {unit: mask for unit, mask in masks.items() if unit not in bounds}
+    rows = [Rows(None, dict(whole))] if whole else []
+    if bounds:
+        # Each unit's tokens first, then those of no unit: columns stay distinct, so the put-back writes none twice.
+        free = ~torch.stack([masks[unit] for unit in bounds]).any(0)
+        columns = []
+        for unit, bound in bounds.items():
+            rank = 2 * masks[unit].to(torch.uint8) + free
+            columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :bound])
+            free = free.scatter(1, columns[-1], False)
+        gathered = {unit: masks[unit].gather(1, own) for unit, own in zip(bounds, columns, strict=True)}
+        rows.append(Rows(torch.cat(columns, 1), dict(gathered)))
+    return rows

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_reft import ReftConfig
 from peft_reft.layer import ReftLayer, adapted_modules, edit_rows, layer_of
+from peft_reft.positions import Rows
 
 
 def make_layer(**options):
@@ -18,47 +20,111 @@ def test_units_of_an_adapter():
     assert make_layer().units("other") == {}
 
 
-def test_edit_rows_edits_the_listed_columns_alone():
-    layer = make_layer(share_weights=True)
-    unit = layer.units("default")["unit"]
-    hidden_states = torch.randn(2, 6, 16)
-    indices = torch.tensor([[1, 4, 0], [5, 2, 3]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    edited = edit_rows(hidden_states, unit, indices, mask)
-    changed = (edited != hidden_states).any(-1)
-    assert changed.tolist() == [[False, True, False, False, True, False], [False] * 5 + [True]]
-    torch.testing.assert_close(edited[0, 4], unit(hidden_states[0, 4]))
-    everywhere = torch.zeros(2, 6, dtype=torch.bool)
-    everywhere[0, [1, 4]] = everywhere[1, 5] = True
-    torch.testing.assert_close(edit_rows(hidden_states, unit, None, everywhere), edited)
+@pytest.fixture
+def units():
+    return make_layer().units("default")
+
+
+def some_rows(indexed):
+    """Of four tokens the prefix edits the third and the suffix the first, beside a token of none."""
+    if indexed:
+        indices = torch.tensor([[2, 3, 0]])
+        return Rows(indices, {"prefix": torch.tensor([[True, False]]), "suffix": torch.tensor([[True]])})
+    prefix, suffix = torch.tensor([[False, False, True, False]]), torch.tensor([[True, False, False, False]])
+    return Rows(None, {"prefix": prefix, "suffix": suffix})
+
+
+def edited_by_hand(hidden_states, units):
+    tokens = list(hidden_states.unbind(1))
+    tokens[2] = units["prefix"](tokens[2].unsqueeze(1)).squeeze(1)
+    tokens[0] = units["suffix"](tokens[0].unsqueeze(1)).squeeze(1)
+    return torch.stack(tokens, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_edit_rows_edits_the_listed_columns_alone(units, indexed, dtype):
+    hidden_states = torch.randn(1, 4, 16).to(dtype)
+    edited = edit_rows(hidden_states, units, some_rows(indexed))
+    assert torch.equal(edited[:, [1, 3]], hidden_states[:, [1, 3]])
+    torch.testing.assert_close(edited, edited_by_hand(hidden_states, units))
+    assert (edited != hidden_states).any(-1).tolist() == [[True, False, True, False]]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_gradients_of_tokens_that_stay(indexed):
-    """They are passed on once and unchanged, also where a token was gathered beside the edited ones."""
-    unit = make_layer(share_weights=True).units("default")["unit"]
-    hidden_states = torch.randn(1, 4, 16, requires_grad=True)
-    indices = torch.tensor([[2, 0]]) if indexed else None
-    mask = torch.tensor([[True, False]]) if indexed else torch.tensor([[False, False, True, False]])
-    edit_rows(hidden_states, unit, indices, mask).sum().backward()
-    assert torch.equal(hidden_states.grad[0, [0, 1, 3]], torch.ones(3, 16))
-    assert not torch.equal(hidden_states.grad[0, 2], torch.ones(16))
+def test_tokens_that_stay_may_be_anything(units, indexed):
+    """As what a model computes for padding: no number gets from there to others."""
+    hidden_states = torch.randn(1, 4, 16)
+    hidden_states[0, 1], hidden_states[0, 3] = float("nan"), float("inf")
+    hidden_states.requires_grad_()
+    edited = edit_rows(hidden_states, units, some_rows(indexed))
+    torch.testing.assert_close(edited, edited_by_hand(hidden_states, units), equal_nan=True)
+    edited[:, [0, 2]].sum().backward()
+    assert hidden_states.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"intervention": "direft", "act_fn": "relu"}], ids=str)
+def test_gradients(indexed, options):
+    """Of tokens that stay, also where one was gathered beside the edited ones, of those that are edited, of units."""
+    units = make_layer(**options).units("default")
+    weights = torch.randn(1, 4, 16)
+    found = []
+    for edit in (lambda h: edit_rows(h, units, some_rows(indexed)), lambda h: edited_by_hand(h, units)):
+        for unit in units.values():
+            unit.zero_grad()
+            unit.eval()  # without dropout, which draws
+        hidden_states = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (edit(hidden_states) * weights).sum().backward()
+        found.append([hidden_states.grad, *(p.grad for unit in units.values() for p in unit.parameters())])
+    torch.testing.assert_close(*found)
+    assert torch.equal(found[0][0][:, [1, 3]], weights[:, [1, 3]])
+
+
+def test_dropout_of_edited_tokens_alone():
+    units = make_layer(dropout=0.999).units("default")
+    hidden_states = torch.randn(1, 4, 16)
+    for indexed in (True, False):
+        edited = edit_rows(hidden_states, units, some_rows(indexed))
+        assert torch.equal(edited[:, [1, 3]], hidden_states[:, [1, 3]])
+        assert (edited[:, [0, 2]] == 0).float().mean() > 0.9
 
 
 def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():
     """The tokens that are taken and the weights are; `gather` would keep what it gathers from, on every layer."""
-    unit = make_layer(share_weights=True).units("default")["unit"]
+    units = make_layer().units("default")
     hidden_states = torch.randn(2, 500, 16, requires_grad=True) + 0
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
     ):
-        edit_rows(hidden_states, unit, torch.tensor([[2, 0]] * 2), torch.tensor([[True, False]] * 2))
+        mask = torch.tensor([[True, False]] * 2)
+        edit_rows(hidden_states, units, Rows(torch.tensor([[2, 0, 7, 8]] * 2), {"prefix": mask, "suffix": mask}))
     assert hidden_states.untyped_storage().data_ptr() not in kept
     d, r, rows = 16, 3, 2 * 2
-    assert sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point()) == 4 * (
+    assert sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point()) == 2 * 4 * (
         rows * (d + r) + 3 * r * d + r * r + r
     )
+
+
+def test_hidden_states_and_their_gradient_are_copied_once():
+    units = make_layer().units("default")
+    hidden_states = torch.randn(2, 500, 16, requires_grad=True) + 0
+    mask = torch.tensor([[True, False]] * 2)
+    rows = Rows(torch.tensor([[2, 0, 7, 8]] * 2), {"prefix": mask, "suffix": mask})
+    made = []
+
+    class CountLarge(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **kwargs or {})
+            made.extend(t for t in (output if isinstance(output, tuple) else (output,)) if t.numel() >= 2 * 500 * 16)
+            return output
+
+    gradient = torch.randn(2, 500, 16)
+    with CountLarge():
+        edit_rows(hidden_states, units, rows).backward(gradient)
+    own = {hidden_states.untyped_storage().data_ptr(), gradient.untyped_storage().data_ptr()}
+    assert len({t.untyped_storage().data_ptr() for t in made} - own) == 2
 
 
 def test_has_no_weight():

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -85,14 +87,29 @@ def test_select_for_every_length(text):
 
 
 def test_rows_hold_the_marked_columns_and_no_column_twice():
-    mask = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
-    indices, kept = to_rows(mask, 3)
-    assert indices.shape == kept.shape == (3, 3)
-    for row in range(3):
-        assert sorted(indices[row][kept[row]].tolist()) == mask[row].nonzero().flatten().tolist()
-        assert len(set(indices[row].tolist())) == 3
-    assert to_rows(mask, 6).indices is None
-    assert to_rows(mask, None).indices is None
+    """For each number of tokens that two units edit, up to their bounds, in rows that just hold them, or more."""
+    for tokens in (6, 9):
+        orders = [torch.randperm(tokens).tolist() for _ in range(4 * 3)]
+        masks = {unit: torch.zeros(4 * 3, tokens, dtype=torch.bool) for unit in ("prefix", "suffix")}
+        for row, (order, (first, last)) in enumerate(zip(orders, itertools.product(range(4), range(3)), strict=True)):
+            masks["prefix"][row, order[:first]] = masks["suffix"][row, order[first : first + last]] = True
+        (found,) = to_rows(masks, {"prefix": 3, "suffix": 2})
+        assert found.indices.shape == (12, 5)
+        own = dict(zip(found.masks, found.indices.split([3, 2], 1), strict=True))
+        for row in range(12):
+            assert len(set(found.indices[row].tolist())) == 5
+            for unit, mask in masks.items():
+                edited = own[unit][row][found.masks[unit][row]]
+                assert sorted(edited.tolist()) == mask[row].nonzero().flatten().tolist()
+
+
+def test_rows_without_a_bound_hold_all_columns():
+    masks = {unit: torch.rand(2, 6) < 0.2 for unit in ("prefix", "suffix")}
+    for most in ((None, None), (3, 3), (4, 3)):
+        assert to_rows(masks, dict(zip(masks, most, strict=True))) == [(None, masks)]
+    whole, gathered = to_rows(masks, {"prefix": 5, "suffix": None})
+    assert whole == (None, {"suffix": masks["suffix"]})
+    assert gathered.indices.shape == (2, 5) and list(gathered.masks) == ["prefix"]
 
 
 @pytest.mark.parametrize("asked_before", [False, True])

@@ -143,9 +143,10 @@ def test_each_block_is_edited_where_it_runs(ids, monkeypatch):
         add_hook_to_module(module.to("meta"), AlignDevicesHook(execution_device="meta"))
     model = get_peft_model(base, config()).train()
 
-    def record(hidden_states, unit, *rows):
-        found.setdefault(hidden_states.device.type, []).append([unit.R, unit.W, unit.b, *rows])
-        return edit_rows(hidden_states, unit, *rows)
+    def record(hidden_states, units, rows):
+        tensors = [p for unit in rows.masks for p in units[unit].parameters()] + [rows.indices, *rows.masks.values()]
+        found.setdefault(hidden_states.device.type, []).append(tensors)
+        return edit_rows(hidden_states, units, rows)
 
     monkeypatch.setattr(layer, "edit_rows", record)
     labels = labels_of(ids, [(5, 12)], [(8, 12)])
