@@ -144,6 +144,8 @@ def test_operators_and_memory_are_counted():
     assert operators.made == 4 * 256
     with LiveMemory() as memory:
         compute()
+        assert memory.alive == 0
+        torch.ones(8)
     assert memory.peak == 3 * 256
 
 
