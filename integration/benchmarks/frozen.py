@@ -158,9 +158,11 @@ class TrainingStep(Contender):
         self.optimizer.zero_grad(set_to_none=False)
 
     def run(self) -> None:
-        loss = self.forward()
-        loss.backward()
-        self.output = loss.detach()
+        self.forward().backward()
+
+    def outcome(self) -> torch.Tensor:
+        """The loss."""
+        return self.forward().detach()
 
 
 class Stamps:
@@ -198,21 +200,27 @@ class Generating(Contender):
     @torch.no_grad()
     def run(self) -> dict[str, float]:
         stamps, began = Stamps(), now()
-        self.output = self.generate(**self.inputs, streamer=stamps)
+        self.generate(**self.inputs, streamer=stamps)
         _, first, *later = stamps.times  # of the prompt, and of each token
         assert len(later) == self.new_tokens - 1, f"{self.name} made {len(later) + 1} tokens, not {self.new_tokens}"
         return {"first token": first - began, "decode": (later or [first])[-1] - first}
+
+    @torch.no_grad()
+    def outcome(self) -> torch.Tensor:
+        """The logits of the first token."""
+        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+        return self.generate(**self.inputs | options).logits[0]  # type: ignore[attr-defined]
 
 
 def check_edits(contenders: list[Contender], unedited: int) -> None:
     """Raise a RuntimeError unless each contender computes something else than the floor.
 
     Args:
-        contenders (`list[Contender]`): the floor and what is compared with it, all of which have run.
+        contenders (`list[Contender]`): the floor and what is compared with it.
         unedited (`int`): how many of the first are the floor.
     """
-    floor = contenders[0].output
+    floor = contenders[0].outcome()
     for index, contender in enumerate(contenders):
-        if torch.equal(contender.output, floor) != (index < unedited):
+        if torch.equal(contender.outcome(), floor) != (index < unedited):
             does = "differs from" if index < unedited else "edits nothing: it computes the same as"
             raise RuntimeError(f"{contender.name} {does} the floor.")

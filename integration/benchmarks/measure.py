@@ -28,13 +28,12 @@ class Contender:
         measures (`dict[str, int]`): what a run measures, with the tokens that it makes in that time, 0 if it is not
             about tokens. `"total"` is the whole run.
         calls_operators (`bool`): whether operators and memory of a run say anything.
-        output (*optional*): what the last run computed.
     """
 
     calls_operators = True
 
     def __init__(self, name: str, measures: dict[str, int] | None = None):
-        self.name, self.measures, self.output = name, measures or {"total": 0}, None
+        self.name, self.measures = name, measures or {"total": 0}
 
     def prepare(self) -> None:
         """What comes before a run, off the clock."""
@@ -45,6 +44,10 @@ class Contender:
         Returns:
             `dict[str, float]`, *optional*: the seconds of the measures but `"total"`.
         """
+        raise NotImplementedError
+
+    def outcome(self) -> torch.Tensor:
+        """What a run computes, to tell contenders apart."""
         raise NotImplementedError
 
 

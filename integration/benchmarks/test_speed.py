@@ -84,9 +84,7 @@ def test_an_adapter_that_edits_nothing_is_refused():
     base, inputs = make_base(CONFIG), training_inputs(TINY.size, torch.device("cpu"))
 
     def step(name, model):
-        contender = TrainingStep(name, model, lambda: model(**inputs).loss)
-        contender.run()
-        return contender
+        return TrainingStep(name, model, lambda: model(**inputs).loss)
 
     floor, idle = step("floor", make_floor(base)), step("idle", adapt(base, reft(init_weights=True)))
     works = step("works", adapt(base, reft()))

@@ -89,7 +89,7 @@ def training_steps(setup: Setup, base: nn.Module, configs: dict[str, PeftConfig]
         add(name, adapt(base, config))
         if isinstance(config, ReftConfig) and "l" in config.positions.replace("all", ""):
             add(f"{name}, prompt_lengths", adapt(base, config), lengths=True)
-    check(contenders, 2)
+    check_edits(contenders, 2)
     return contenders
 
 
@@ -102,14 +102,8 @@ def generations(
         Generating(name, model.eval().generate, given | inputs.get(name, {}), new_tokens)  # type: ignore[operator, arg-type]
         for name, model in ({"base": base, "base, again": same_weights(base)} | models).items()
     ]
-    check(contenders, 2)
+    check_edits(contenders, 2)
     return contenders
-
-
-def check(contenders: list[Contender], unedited: int) -> None:
-    for contender in contenders:
-        contender.run()
-    check_edits(contenders, unedited)
 
 
 def training_step(setup: Setup) -> Groups:
@@ -244,7 +238,7 @@ class Attach(Contender):
 
     def run(self) -> None:
         with torch.device("meta"):
-            self.output = get_peft_model(self.model, self.config())
+            get_peft_model(self.model, self.config())
 
 
 class Save(Contender):
