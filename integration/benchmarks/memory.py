@@ -9,35 +9,20 @@ Prints Markdown. Parameters are counted in models on the meta device. What autog
 import argparse
 import platform
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
+from frozen import llama, make_batch
+from measure import LiveMemory, storages
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig
 from peft_reft.positions import Positions
-
-
-def llama(d: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int = 128256) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=d,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=intermediate,
-        vocab_size=vocabulary,
-        pad_token_id=0,
-    )
-
 
 LARGE = {"Llama-3 8B": llama(4096, 32, 32, 8, 14336), "Llama-3 70B": llama(8192, 80, 64, 8, 28672)}
 SMALL = [llama(64, 2, 4, 2, 192, 96), llama(128, 3, 8, 2, 448, 160), llama(256, 4, 4, 4, 704, 512)]
@@ -81,31 +66,13 @@ def adapted(base: nn.Module, adapter: PeftConfig | None, dtype: torch.dtype = to
     return model.train()
 
 
-def make_batch(config: LlamaConfig, batch: int, tokens: int, prompt: int, lengths: bool) -> dict[str, torch.Tensor]:
-    """Rows of `tokens` tokens whose prompt has `prompt`, told by labels alone or by lengths besides."""
-    ids = torch.randint(1, config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[:, :prompt] = -100
-    return {"input_ids": ids, "labels": labels} | ({"prompt_lengths": torch.full((batch,), prompt)} if lengths else {})
-
-
 # Measured
-
-
-def storages(tensors: Iterable[Any]) -> dict[int, torch.UntypedStorage]:
-    found = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor))
-    return {storage._cdata: storage for storage in found}
 
 
 def quant_tensors(model: nn.Module) -> list[torch.Tensor]:
     """What bitsandbytes keeps beside the packed weights: scales and code books."""
     states = [parameter.quant_state for parameter in model.parameters() if hasattr(parameter, "quant_state")]
     return [value for state in states for value in vars(state).values() if isinstance(value, torch.Tensor)]
-
-
-def bytes_of(tensors: Iterable[Any]) -> int:
-    """The bytes of the distinct storages of tensors."""
-    return sum(storage.nbytes() for storage in storages(tensors).values())
 
 
 def kept_for_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
@@ -115,27 +82,6 @@ def kept_for_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
         model(**batch)
     own = storages([*model.parameters(), *model.buffers(), *quant_tensors(model), *batch.values()])
     return sum(storage.nbytes() for key, storage in storages(kept).items() if key not in own)
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations have made and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes, self.peak = WeakIdKeyDictionary(), 0
-
-    @property
-    def alive(self) -> int:
-        return sum(self.sizes.values())
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for storage in storages(tree_leaves((args, kwargs))).values():
-            self.sizes.setdefault(storage, 0)  # it was there before
-        output = func(*args, **kwargs or {})
-        for storage in storages(tree_leaves(output)).values():
-            self.sizes.setdefault(storage, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
-        return output
 
 
 def alive_in_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[int, int]:

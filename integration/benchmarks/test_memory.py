@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from measure import bytes_of
 from memory import (
     LARGE,
     SETTINGS,
@@ -10,7 +11,6 @@ from memory import (
     adapted,
     alive_in_step,
     base_bytes,
-    bytes_of,
     in_4bit,
     kept,
     kept_for_backward,
