@@ -44,17 +44,18 @@ def low_rank_edit(
     Returns:
         `torch.Tensor` [..., n, d]
     """
-    low_rank = b if weight is None else h @ weight.mT + b
+    given = h
+    product: Callable[..., torch.Tensor] = torch.baddbmm  # with the sum in it, to read and write h once
+    if projection.dim() == 2:
+        product, h = torch.addmm, h.flatten(0, -2)
+    low_rank = b.expand(*h.shape[:-1], -1) if weight is None else product(b, h, weight.mT)
     if act_fn is not None:
         low_rank = act_fn(low_rank)
     if subtracted is not None:
-        low_rank = low_rank - h @ subtracted.mT
+        low_rank = product(low_rank, h, subtracted.mT, alpha=-1)
     if mask is not None:
-        low_rank = torch.where(mask.unsqueeze(-1), low_rank, 0)  # here, where it is narrow
-    low_rank = low_rank.expand(*h.shape[:-1], -1)
-    if projection.dim() == 2:  # with the sum in the product, which then reads and writes h once
-        return torch.addmm(h.flatten(0, -2), low_rank.flatten(0, -2), projection).view_as(h)
-    return torch.baddbmm(h, low_rank, projection)
+        low_rank = torch.where(mask.reshape(*h.shape[:-1], 1), low_rank, 0)  # here, where it is narrow
+    return product(h, low_rank, projection).view_as(given)
 
 
 class Intervention(nn.Module):

@@ -175,8 +175,7 @@ def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows
         for unit, mask in rows.masks.items():
             hidden_states = units[unit](hidden_states, mask)
         return hidden_states
-    where = torch.arange(len(rows.indices), device=rows.indices.device).unsqueeze(-1), rows.indices
-    taken, left = TakeRows.apply(hidden_states, *where)
+    taken, left = TakeRows.apply(hidden_states, *rows.indices)
     parts = taken.split([mask.shape[1] for mask in rows.masks.values()], dim=1)  # type: ignore[union-attr]
     edited = [units[unit](part, mask) for (unit, mask), part in zip(rows.masks.items(), parts, strict=True)]
-    return PutRows.apply(left, torch.cat(edited, 1), *where)
+    return PutRows.apply(left, torch.cat(edited, 1), *rows.indices)

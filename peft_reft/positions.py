@@ -44,13 +44,14 @@ class Rows(NamedTuple):
     """The tokens that units edit, in a form whose shape does not depend on the data.
 
     Attributes:
-        indices (`torch.LongTensor` [batch, n], *optional*): distinct columns that hold every edited token, those of
-            one unit after those of the other; None if each unit is given all columns.
+        indices (tuple of `torch.LongTensor` [batch, 1] and [batch, n], *optional*): rows, and in each its distinct
+            columns that hold every edited token, those of one unit after those of the other; None if each unit is
+            given all columns.
         masks (`dict[str, torch.BoolTensor [batch, n_unit]]`): for each unit, which of its columns are edited; None
             for all of them.
     """
 
-    indices: torch.Tensor | None
+    indices: tuple[torch.Tensor, torch.Tensor] | None
     masks: dict[str, torch.Tensor | None]
 
 
@@ -239,5 +240,6 @@ def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list
             columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :bound])
             free = free.scatter(1, columns[-1], False)
         gathered = {unit: masks[unit].gather(1, own) for unit, own in zip(bounds, columns, strict=True)}
-        rows.append(Rows(torch.cat(columns, 1), dict(gathered)))
+        own = torch.arange(len(free), device=free.device).unsqueeze(-1)
+        rows.append(Rows((own, torch.cat(columns, 1)), dict(gathered)))
     return rows

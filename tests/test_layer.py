@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_reft import ReftConfig
 from peft_reft.layer import ReftLayer, adapted_modules, edit_rows, layer_of
@@ -28,7 +29,7 @@ def units():
 def some_rows(indexed):
     """Of four tokens the prefix edits the third and the suffix the first, beside a token of none."""
     if indexed:
-        indices = torch.tensor([[2, 3, 0]])
+        indices = torch.tensor([[0]]), torch.tensor([[2, 3, 0]])
         return Rows(indices, {"prefix": torch.tensor([[True, False]]), "suffix": torch.tensor([[True]])})
     prefix, suffix = torch.tensor([[False, False, True, False]]), torch.tensor([[True, False, False, False]])
     return Rows(None, {"prefix": prefix, "suffix": suffix})
@@ -99,7 +100,8 @@ def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
     ):
         mask = torch.tensor([[True, False]] * 2)
-        edit_rows(hidden_states, units, Rows(torch.tensor([[2, 0, 7, 8]] * 2), {"prefix": mask, "suffix": mask}))
+        indices = torch.tensor([[0], [1]]), torch.tensor([[2, 0, 7, 8]] * 2)
+        edit_rows(hidden_states, units, Rows(indices, {"prefix": mask, "suffix": mask}))
     assert hidden_states.untyped_storage().data_ptr() not in kept
     d, r, rows = 16, 3, 2 * 2
     assert sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point()) == 2 * 4 * (
@@ -111,18 +113,19 @@ def test_hidden_states_and_their_gradient_are_copied_once():
     units = make_layer().units("default")
     hidden_states = torch.randn(2, 500, 16, requires_grad=True) + 0
     mask = torch.tensor([[True, False]] * 2)
-    rows = Rows(torch.tensor([[2, 0, 7, 8]] * 2), {"prefix": mask, "suffix": mask})
+    indices = torch.tensor([[0], [1]]), torch.tensor([[2, 0, 7, 8]] * 2)
+    rows = Rows(indices, {"prefix": mask, "suffix": mask})
     made = []
 
     class CountLarge(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             output = func(*args, **kwargs or {})
-            made.extend(t for t in (output if isinstance(output, tuple) else (output,)) if t.numel() >= 2 * 500 * 16)
+            made.extend(t for t in tree_leaves(output) if torch.is_tensor(t) and t.numel() >= 2 * 500 * 16)
             return output
 
     gradient = torch.randn(2, 500, 16)
     with CountLarge():
-        edit_rows(hidden_states, units, rows).backward(gradient)
+        torch.autograd.grad(edit_rows(hidden_states, units, rows), hidden_states, gradient)
     own = {hidden_states.untyped_storage().data_ptr(), gradient.untyped_storage().data_ptr()}
     assert len({t.untyped_storage().data_ptr() for t in made} - own) == 2
 

@@ -175,14 +175,14 @@ def test_all_rows_are_edited_in_one_pass(model, monkeypatch):
     """Neither a loop over adapters nor, after the prompt, any call at all where positions are of the prompt alone."""
     calls = []
     edit = UnitsOfRows.__call__
-    monkeypatch.setattr(UnitsOfRows, "__call__", lambda self, h: calls.append(list(h.shape)) or edit(self, h))
+    monkeypatch.setattr(UnitsOfRows, "__call__", lambda self, h, mask=None: calls.append(list(h.shape)) or edit(self, h, mask))
     ids, mask = make_rows(len(PROMPT_ONLY))
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=PROMPT_ONLY, **GREEDY)
     assert calls == [[5, 2, 32], [5, 5, 32]] * 3
     calls.clear()
     ids, mask = make_rows(len(NAMES))
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, **GREEDY)
-    assert [shape[1] for shape in calls] == [3, 12] * 3 + [1] * 15
+    assert [shape[1] for shape in calls] == [12, 3] * 3 + [1] * 15
 
 
 def test_gradients_reach_each_adapter_from_its_own_rows(model):

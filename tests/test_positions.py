@@ -94,10 +94,11 @@ def test_rows_hold_the_marked_columns_and_no_column_twice():
         for row, (order, (first, last)) in enumerate(zip(orders, itertools.product(range(4), range(3)), strict=True)):
             masks["prefix"][row, order[:first]] = masks["suffix"][row, order[first : first + last]] = True
         (found,) = to_rows(masks, {"prefix": 3, "suffix": 2})
-        assert found.indices.shape == (12, 5)
-        own = dict(zip(found.masks, found.indices.split([3, 2], 1), strict=True))
+        own_rows, columns = found.indices
+        assert torch.equal(own_rows, torch.arange(12).unsqueeze(-1)) and columns.shape == (12, 5)
+        own = dict(zip(found.masks, columns.split([3, 2], 1), strict=True))
         for row in range(12):
-            assert len(set(found.indices[row].tolist())) == 5
+            assert len(set(columns[row].tolist())) == 5
             for unit, mask in masks.items():
                 edited = own[unit][row][found.masks[unit][row]]
                 assert sorted(edited.tolist()) == mask[row].nonzero().flatten().tolist()
@@ -109,7 +110,7 @@ def test_rows_without_a_bound_hold_all_columns():
         assert to_rows(masks, dict(zip(masks, most, strict=True))) == [(None, masks)]
     whole, gathered = to_rows(masks, {"prefix": 5, "suffix": None})
     assert whole == (None, {"suffix": masks["suffix"]})
-    assert gathered.indices.shape == (2, 5) and list(gathered.masks) == ["prefix"]
+    assert gathered.indices[1].shape == (2, 5) and list(gathered.masks) == ["prefix"]
 
 
 @pytest.mark.parametrize("asked_before", [False, True])

@@ -144,8 +144,9 @@ def test_each_block_is_edited_where_it_runs(ids, monkeypatch):
     model = get_peft_model(base, config()).train()
 
     def record(hidden_states, units, rows):
-        tensors = [p for unit in rows.masks for p in units[unit].parameters()] + [rows.indices, *rows.masks.values()]
-        found.setdefault(hidden_states.device.type, []).append(tensors)
+        tensors = [p for unit in rows.masks for p in units[unit].parameters()]
+        tensors += [*(rows.indices or ()), *rows.masks.values()]
+        found.setdefault(hidden_states.device.type, []).append((list(rows.masks), tensors))
         return edit_rows(hidden_states, units, rows)
 
     monkeypatch.setattr(layer, "edit_rows", record)
@@ -153,9 +154,10 @@ def test_each_block_is_edited_where_it_runs(ids, monkeypatch):
     for inputs in (dict(labels=labels), dict(prompt_lengths=torch.tensor([5, 4])), dict(position_ids=None)):
         found.clear()
         model.train("labels" in inputs)(input_ids=ids, attention_mask=MASK, **inputs)
-        assert {device: len(edits) for device, edits in found.items()} == {"cpu": 2, "meta": 4}
+        edited = {device: sorted(unit for units, _ in edits for unit in units) for device, edits in found.items()}
+        assert edited == {"cpu": ["prefix", "suffix"], "meta": ["prefix"] * 2 + ["suffix"] * 2}
         for device, edits in found.items():
-            assert {tensor.device.type for edit in edits for tensor in edit if tensor is not None} == {device}
+            assert {tensor.device.type for _, edit in edits for tensor in edit if tensor is not None} == {device}
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")

@@ -126,15 +126,17 @@ def kept_by_unit(d: int, r: int, run: Run, n: int | None) -> int:
     """What the backward pass of a unit needs, in bytes: its input, R h, and the matrices of LoReFT.
 
     In float32, whatever the model's dtype is: rows (d + r), and of the size of R three matrices: Q of the QR
-    decomposition, the projection, and W - R; besides, r^2 + r for QR. Where tokens are taken out, the rows' numbers.
+    decomposition, the projection, and W - R; besides, r^2 + r for QR.
     """
     rows = run.batch * (run.tokens if n is None else n)
-    return 4 * (rows * (d + r) + 3 * r * d + r * r + r) + (0 if n is None else 8 * run.batch)
+    return 4 * (rows * (d + r) + 3 * r * d + r * r + r)
 
 
-def kept_by_plan(run: Run, n: int | None) -> int:
-    """What all layers share for a unit: a mask, and the columns of the tokens among those of all."""
-    return run.batch * (run.tokens if n is None else n + 8 * run.tokens)
+def kept_by_plan(run: Run, given: list[int | None]) -> int:
+    """What all layers share: a mask for each unit, and the rows and columns of tokens that are taken out."""
+    taken = [n for n in given if n is not None]
+    masks = run.batch * sum(run.tokens if n is None else n for n in given)
+    return masks + 8 * run.batch * (sum(taken) + bool(taken))
 
 
 def kept_by_reft(config: LlamaConfig, adapter: ReftConfig, run: Run) -> tuple[int, int]:
@@ -142,7 +144,7 @@ def kept_by_reft(config: LlamaConfig, adapter: ReftConfig, run: Run) -> tuple[in
     positions = Positions.parse(adapter.positions)
     given = [tokens_given(positions, unit, run) for unit in positions.units(adapter.share_weights)]
     block = sum(kept_by_unit(config.hidden_size, adapter.r, run, n) for n in given)
-    return block, sum(kept_by_plan(run, n) for n in given)
+    return block, kept_by_plan(run, given)
 
 
 def kept_by_lora(config: LlamaConfig, adapter: LoraConfig, run: Run) -> tuple[int, int]:
