@@ -1,7 +1,8 @@
 """The family of ReFT interventions: one module with three switches."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,6 +11,22 @@ from transformers.activations import ACT2FN
 from .config import Variant
 from .orthogonal import orthonormal_rows
 
+# What h + projection^T (act_fn(weight h + b) - subtracted h) needs: projection, weight and subtracted [..., r, d], of
+# which the latter two are None for zero, and b [..., 1, r]
+Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+
+
+class Unit(Protocol):
+    """What edits hidden states: an `Intervention`, or those of the adapters of a mixed batch."""
+
+    training: bool
+    dropout: nn.Dropout
+
+    @property
+    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor] | None: ...
+
+    def __call__(self) -> Matrices: ...
+
 
 def without_autocast(device: torch.device) -> torch.autocast:
     """A context in which an edit is computed in the dtype that it chooses."""
@@ -17,45 +34,10 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 
 def projections(weight: torch.Tensor, orthonormal: bool) -> torch.Tensor:
-    """The projections that are used for trained `R` [..., r, d], in float32 at least."""
+    """The projections that are used for trained `R` [..., r, d], in float32 at least, and never `R` itself."""
     if orthonormal:
         return orthonormal_rows(weight)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def low_rank_edit(
-    h: torch.Tensor,
-    projection: torch.Tensor,
-    weight: torch.Tensor | None,
-    b: torch.Tensor,
-    act_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    subtracted: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """h + projection^T (act_fn(weight h + b) - subtracted h), where a mask is true.
-
-    Args:
-        h (`torch.Tensor` [..., n, d]): hidden states.
-        projection, weight, subtracted (`torch.Tensor` [..., r, d]): of the same dtype as `h`; None for zero.
-        b (`torch.Tensor` [r] or [..., 1, r]): the bias.
-        act_fn (*optional*): the identity if None.
-        mask (`torch.BoolTensor` [..., n], *optional*): the tokens to edit; None for all.
-
-    Returns:
-        `torch.Tensor` [..., n, d]
-    """
-    given = h
-    product: Callable[..., torch.Tensor] = torch.baddbmm  # with the sum in it, to read and write h once
-    if projection.dim() == 2:
-        product, h = torch.addmm, h.flatten(0, -2)
-    low_rank = b.expand(*h.shape[:-1], -1) if weight is None else product(b, h, weight.mT)
-    if act_fn is not None:
-        low_rank = act_fn(low_rank)
-    if subtracted is not None:
-        low_rank = product(low_rank, h, subtracted.mT, alpha=-1)
-    if mask is not None:
-        low_rank = torch.where(mask.reshape(*h.shape[:-1], 1), low_rank, 0)  # here, where it is narrow
-    return product(h, low_rank, projection).view_as(given)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 class Intervention(nn.Module):
@@ -144,30 +126,52 @@ class Intervention(nn.Module):
         """The projection R [r, d] that is used, in float32 at least."""
         return projections(self.R, self.variant.orthonormal)
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Edit hidden states.
-
-        Args:
-            hidden_states (`torch.Tensor` [..., n, d]): any floating-point dtype.
-            mask (`torch.BoolTensor` [..., n], *optional*): the tokens to edit; None for all.
-
-        Returns:
-            `torch.Tensor` [..., n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
-        """
-        with without_autocast(hidden_states.device):
-            projection = self.projection()
-            dtype = torch.promote_types(hidden_states.dtype, projection.dtype)
-            h, projection, b = hidden_states.to(dtype), projection.to(dtype), self.b.to(dtype)
-            weight, subtracted = None if self.W is None else self.W.to(dtype), None
-            if self.variant.subtract and self.act_fn is not None:
-                subtracted = projection
-            elif self.variant.subtract:  # in one product, so that W = R makes the edit exactly zero
-                weight = -projection if weight is None else weight - projection
-            edited = low_rank_edit(h, projection, weight, b, self.act_fn, subtracted, mask)
-            if self.training and self.dropout.p:
-                dropped = self.dropout(edited)
-                edited = dropped if mask is None else torch.where(mask.unsqueeze(-1), dropped, edited)
-            return edited.to(hidden_states.dtype)
+    def forward(self) -> Matrices:
+        """What it edits with, in float32 at least. New tensors: FSDP takes gathered parameters away after the call."""
+        projection = self.projection()
+        dtype, subtracted = projection.dtype, None
+        weight = None if self.W is None else self.W.to(dtype, copy=not self.variant.subtract)
+        if self.variant.subtract and self.act_fn is not None:
+            subtracted = projection
+        elif self.variant.subtract:  # in one product, so that W = R makes the edit exactly zero
+            weight = -projection if weight is None else weight - projection
+        return projection, weight, subtracted, self.b.to(dtype, copy=True).unsqueeze(0)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, d={self.d}, {self.variant}"
+
+
+def stacked(matrices: Sequence[Matrices], dtype: torch.dtype) -> Matrices:
+    """The matrices of several units [number, r, d] and [number, 1, r], in `dtype` at least."""
+    dtype = torch.promote_types(matrices[0][0].dtype, dtype)
+    stacks = (None if parts[0] is None else torch.stack(parts).to(dtype) for parts in zip(*matrices, strict=True))
+    return tuple(None if stack is None else stack.flatten(0, -3) for stack in stacks)  # type: ignore[return-value]
+
+
+def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Edit hidden states, each part by a unit of its own, all of one adapter or of one mixed batch.
+
+    Args:
+        units (`Sequence[Unit]`): the units.
+        hidden_states (`torch.Tensor` [units, batch, n, d]): any floating-point dtype.
+        mask (`torch.BoolTensor` [units, batch, n], *optional*): the tokens to edit; None for all.
+
+    Returns:
+        `torch.Tensor` [units, batch, n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
+    """
+    with without_autocast(hidden_states.device):
+        projection, weight, subtracted, b = stacked([unit() for unit in units], hidden_states.dtype)
+        h = hidden_states.to(projection.dtype).reshape(len(projection), -1, hidden_states.shape[-1])
+        low_rank = b.expand(-1, h.shape[1], -1) if weight is None else torch.baddbmm(b, h, weight.mT)
+        if units[0].act_fn is not None:
+            low_rank = units[0].act_fn(low_rank)
+        if subtracted is not None:
+            low_rank = torch.baddbmm(low_rank, h, subtracted.mT, alpha=-1)
+        if mask is not None:
+            mask = mask.reshape(*h.shape[:-1], 1)
+            low_rank = torch.where(mask, low_rank, 0)  # here, where it is narrow
+        edited = torch.baddbmm(h, low_rank, projection)  # with the sum in the product, to read and write h once
+        if units[0].training and units[0].dropout.p:
+            dropped = units[0].dropout(edited)
+            edited = dropped if mask is None else torch.where(mask, dropped, edited)
+        return edited.view_as(hidden_states).to(hidden_states.dtype)

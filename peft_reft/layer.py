@@ -1,6 +1,6 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,11 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import VARIANTS, ReftConfig
-from .intervention import Intervention
+from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
-
-Unit = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # edits hidden states [batch, n, d] under a mask
 
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
@@ -168,14 +166,11 @@ def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows
 
     Args:
         hidden_states (`torch.Tensor` [batch, tokens, d]): all tokens.
-        units (`Mapping[str, Unit]`): the units by name.
-        rows (`Rows`): the tokens that each edits.
+        units (`Mapping[str, Unit]`): the adapter's units by name.
+        rows (`Rows`): the tokens that some of them edit.
     """
+    own = [units[name] for name in rows.units]
     if rows.indices is None:
-        for unit, mask in rows.masks.items():
-            hidden_states = units[unit](hidden_states, mask)
-        return hidden_states
+        return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
     taken, left = TakeRows.apply(hidden_states, *rows.indices)
-    parts = taken.split([mask.shape[1] for mask in rows.masks.values()], dim=1)  # type: ignore[union-attr]
-    edited = [units[unit](part, mask) for (unit, mask), part in zip(rows.masks.items(), parts, strict=True)]
-    return PutRows.apply(left, torch.cat(edited, 1), *rows.indices)
+    return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .intervention import Intervention, low_rank_edit, projections, without_autocast
+from .intervention import Intervention, Matrices, projections
 from .positions import Positions, PositionsOfRows
 
 if TYPE_CHECKING:
@@ -25,10 +25,14 @@ _local = threading.local()
 class UnitsOfRows:
     """Units of several adapters, of any variant and rank, that edit each row by its own.
 
+    Called like a unit, it gives the matrices of all rows, or groups of rows, one after the other.
+
     Args:
         units (`Sequence[Intervention]`): the units, all of the same width.
         choices (`Sequence[int]`): for each row, or group of rows, the index of its unit.
     """
+
+    training, dropout = False, nn.Dropout(0)  # a mixed batch is refused in training
 
     def __init__(self, units: Sequence[Intervention], choices: Sequence[int]):
         order, stacks = [], []
@@ -47,6 +51,7 @@ class UnitsOfRows:
             for name in {unit.activation for unit in units if unit.activation}
         }
         self.act_fns = {unit.activation: unit.act_fn for unit in units}
+        self.act_fn = self._activate if self.activations else None
         self.subtracted = None
         if self.activations:
             activated = torch.stack(list(self.activations.values())).any(0)
@@ -54,21 +59,16 @@ class UnitsOfRows:
             subtract = subtract & ~activated
         self.weight = weight - projection * subtract  # in one product, as in `Intervention`
 
-    def __call__(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Edit hidden states [batch, n, d], a multiple of the rows in the batch, as `Intervention.forward` does."""
-        choices = self.choices.repeat_interleave(len(hidden_states) // len(self.choices))
-        with without_autocast(hidden_states.device):
-            dtype = torch.promote_types(hidden_states.dtype, self.projection.dtype)
-            projection, weight, b = (t[choices].to(dtype) for t in (self.projection, self.weight, self.b))
-            subtracted = None if self.subtracted is None else self.subtracted[choices].to(dtype)
+    def __call__(self) -> Matrices:
+        matrices = (self.projection, self.weight, self.subtracted, self.b)
+        return tuple(None if matrix is None else matrix[self.choices] for matrix in matrices)  # type: ignore[return-value]
 
-            def act_fn(source: torch.Tensor) -> torch.Tensor:
-                for name, chosen in self.activations.items():
-                    source = torch.where(chosen[choices], self.act_fns[name](source), source)  # type: ignore[misc]
-                return source
-
-            edited = low_rank_edit(hidden_states.to(dtype), projection, weight, b, act_fn, subtracted, mask)
-            return edited.to(hidden_states.dtype)
+    def _activate(self, source: torch.Tensor) -> torch.Tensor:
+        """Apply to each row [units * rows, n, r] its own activation."""
+        for name, chosen in self.activations.items():
+            rows = chosen[self.choices].repeat(len(source) // len(self.choices), 1, 1)
+            source = torch.where(rows, self.act_fns[name](source), source)  # type: ignore[misc]
+        return source
 
 
 def _alike(units: Sequence[Intervention]) -> Iterable[list[int]]:

@@ -44,15 +44,15 @@ class Rows(NamedTuple):
     """The tokens that units edit, in a form whose shape does not depend on the data.
 
     Attributes:
-        indices (tuple of `torch.LongTensor` [batch, 1] and [batch, n], *optional*): rows, and in each its distinct
-            columns that hold every edited token, those of one unit after those of the other; None if each unit is
-            given all columns.
-        masks (`dict[str, torch.BoolTensor [batch, n_unit]]`): for each unit, which of its columns are edited; None
-            for all of them.
+        units (`tuple[str, ...]`): the names of the units.
+        indices (tuple of `torch.LongTensor` [1, batch, 1] and [units, batch, n], *optional*): rows, and for each unit
+            n columns that hold every token that it edits, all of them distinct; None if the one unit is given all.
+        mask (`torch.BoolTensor` [units, batch, n], *optional*): which of these tokens are edited; None for all.
     """
 
+    units: tuple[str, ...]
     indices: tuple[torch.Tensor, torch.Tensor] | None
-    masks: dict[str, torch.Tensor | None]
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Positions:
 
     def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
         """What is edited where no token is in a prompt."""
-        return [Rows(None, {"unit": None})] if self.span == "all" else []
+        return [Rows(("unit",), None, None)] if self.span == "all" else []
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class PositionsOfRows:
 
     def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
         everywhere = self._everywhere(batch, device)
-        return [] if everywhere is None else [Rows(None, {units[-1]: everywhere.expand(-1, tokens)})]
+        return [] if everywhere is None else [Rows(units[-1:], None, everywhere.expand(1, -1, tokens))]
 
     def _everywhere(self, batch: int, device: torch.device) -> torch.Tensor | None:
         """The rows whose every token is edited [batch, 1]; None if there is no such row."""
@@ -225,21 +225,21 @@ def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list
         masks (`dict[str, torch.BoolTensor [batch, tokens]]`): the tokens that each unit edits, none twice.
         most (`dict[str, int | None]`): bounds on the number of them in a row, known without looking at values.
     """
-    bounds = {unit: bound for unit, bound in most.items() if bound is not None}
     tokens = next(iter(masks.values())).shape[1]
-    if sum(bounds.values()) >= tokens:
-        bounds = {}
-    whole = {unit: mask for unit, mask in masks.items() if unit not in bounds}
-    rows = [Rows(None, dict(whole))] if whole else []
-    if bounds:
+    bounds = {unit: bound for unit, bound in most.items() if bound}
+    n, bounded = max([0, *bounds.values()]), tuple(bounds)
+    if n * len(bounded) >= tokens:
+        bounded = ()
+    whole = [unit for unit in masks if most[unit] != 0 and unit not in bounded]
+    rows = [Rows((unit,), None, masks[unit].unsqueeze(0)) for unit in whole]
+    if bounded:
         # Each unit's tokens first, then those of no unit: columns stay distinct, so the put-back writes none twice.
-        free = ~torch.stack([masks[unit] for unit in bounds]).any(0)
-        columns = []
-        for unit, bound in bounds.items():
+        free, columns = ~torch.stack([masks[unit] for unit in bounded]).any(0), []
+        for unit in bounded:
             rank = 2 * masks[unit].to(torch.uint8) + free
-            columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :bound])
+            columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :n])
             free = free.scatter(1, columns[-1], False)
-        gathered = {unit: masks[unit].gather(1, own) for unit, own in zip(bounds, columns, strict=True)}
-        own = torch.arange(len(free), device=free.device).unsqueeze(-1)
-        rows.append(Rows((own, torch.cat(columns, 1)), dict(gathered)))
+        mask = torch.stack([masks[unit].gather(1, own) for unit, own in zip(bounded, columns, strict=True)])
+        batch = torch.arange(mask.shape[1], device=mask.device).view(1, -1, 1)
+        rows.append(Rows(bounded, (batch, torch.stack(columns)), mask))
     return rows

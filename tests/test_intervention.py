@@ -3,7 +3,7 @@ import torch
 from by_hand import gram_schmidt
 
 from peft_reft.config import VARIANTS
-from peft_reft.intervention import Intervention
+from peft_reft.intervention import Intervention, edit
 
 D, R = 16, 3
 
@@ -28,6 +28,11 @@ def make(variant, init_weights=False, **options):
     return unit
 
 
+def edited_by(unit, hidden_states):
+    """Edit hidden states [batch, n, d] by one unit."""
+    return edit([unit], hidden_states.unsqueeze(0)).squeeze(0)
+
+
 @pytest.mark.parametrize("act_fn", [None, "relu", "gelu"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_formula(variant, act_fn):
@@ -37,7 +42,7 @@ def test_formula(variant, act_fn):
     source = None if unit.W is None else unit.W.double()
     hidden_states = torch.randn(2, 5, D)
     with torch.no_grad():
-        edited = unit(hidden_states)
+        edited = edited_by(unit, hidden_states)
     for h, found in zip(hidden_states.view(-1, D), edited.view(-1, D), strict=True):
         expected = FORMULAS[variant](h.double(), projection, source, unit.b.double(), act)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
@@ -55,9 +60,9 @@ def test_parameters_are_the_adapter_and_nothing_else(variant):
 def test_zero_edit_at_the_start(variant):
     unit = make(variant, init_weights=True)
     hidden_states = torch.randn(2, 5, D)
-    equal = torch.equal(unit(hidden_states), hidden_states)
+    equal = torch.equal(edited_by(unit, hidden_states), hidden_states)
     assert equal == (variant != "consreft")  # which takes R h away whatever its parameters are
-    unit(hidden_states).square().sum().backward()
+    edited_by(unit, hidden_states).square().sum().backward()
     moved = [unit.b, unit.W] if unit.W is not None else [unit.b]
     assert any(p.grad.abs().max() > 0 for p in moved), "an edit of zero that cannot be trained"
 
@@ -81,13 +86,13 @@ def test_reference_draws(variant):
         assert unit.W.abs().max() <= bound and unit.b.abs().max() <= bound and unit.W.std() > bound / 3
     else:
         assert 0 <= unit.b.min() and unit.b.max() <= 1
-    assert not torch.equal(unit(torch.ones(1, D)), torch.ones(1, D))
+    assert not torch.equal(edited_by(unit, torch.ones(1, 1, D)), torch.ones(1, 1, D))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_random_edit(variant):
     hidden_states = torch.randn(2, 5, D)
-    assert (make(variant)(hidden_states) - hidden_states).abs().max() > 0.1
+    assert (edited_by(make(variant), hidden_states) - hidden_states).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,35 +105,43 @@ def test_computed_in_float32(dtype, parameters):
         unit = unit.to(dtype)
     exact = make("loreft")
     exact.load_state_dict(unit.state_dict())
-    expected = exact(hidden_states.float()).to(dtype)
-    assert torch.equal(unit(hidden_states), expected)
+    expected = edited_by(exact, hidden_states.float()).to(dtype)
+    assert torch.equal(edited_by(unit, hidden_states), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(unit(hidden_states), expected)
+        assert torch.equal(edited_by(unit, hidden_states), expected)
 
 
 def test_gradients_in_half_precision():
     unit = make("loreft").to(torch.bfloat16)
-    unit(torch.randn(2, 5, D).bfloat16()).float().square().sum().backward()
+    edited_by(unit, torch.randn(2, 5, D).bfloat16()).float().square().sum().backward()
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() and p.grad.any() for p in unit.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients(variant):
     unit = make(variant).double()
-    names = [name for name, _ in unit.named_parameters()]
+    names = [f"unit.{name}" for name, _ in unit.named_parameters()]
 
-    def edit(hidden_states, *parameters):
-        return torch.func.functional_call(unit, dict(zip(names, parameters, strict=True)), hidden_states)
+    class Edited(torch.nn.Module):
+        def __init__(self, unit):
+            super().__init__()
+            self.unit = unit
 
-    hidden_states = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(edit, (hidden_states, *unit.parameters()))
+        def forward(self, hidden_states):
+            return edited_by(self.unit, hidden_states)
+
+    def edited(hidden_states, *parameters):
+        return torch.func.functional_call(Edited(unit), dict(zip(names, parameters, strict=True)), hidden_states)
+
+    hidden_states = torch.randn(1, 4, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(edited, (hidden_states, *unit.parameters()))
 
 
 def test_dropout_is_on_the_edited_state():
     unit = make("loreft", dropout=0.5)
-    hidden_states = torch.randn(50, D)
-    kept = unit.eval()(hidden_states)
-    dropped = unit.train()(hidden_states)
+    hidden_states = torch.randn(1, 50, D)
+    kept = edited_by(unit.eval(), hidden_states)
+    dropped = edited_by(unit.train(), hidden_states)
     zeros = dropped == 0
     assert 0.3 < zeros.float().mean() < 0.7
     torch.testing.assert_close(dropped[~zeros], 2 * kept[~zeros])

@@ -4,6 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_reft import ReftConfig
+from peft_reft.intervention import edit
 from peft_reft.layer import ReftLayer, adapted_modules, edit_rows, layer_of
 from peft_reft.positions import Rows
 
@@ -27,38 +28,44 @@ def units():
 
 
 def some_rows(indexed):
-    """Of four tokens the prefix edits the third and the suffix the first, beside a token of none."""
+    """Of five tokens the prefix edits the third and the suffix the first, beside tokens of none."""
     if indexed:
-        indices = torch.tensor([[0]]), torch.tensor([[2, 3, 0]])
-        return Rows(indices, {"prefix": torch.tensor([[True, False]]), "suffix": torch.tensor([[True]])})
-    prefix, suffix = torch.tensor([[False, False, True, False]]), torch.tensor([[True, False, False, False]])
-    return Rows(None, {"prefix": prefix, "suffix": suffix})
+        indices = torch.tensor([[[0]]]), torch.tensor([[[2, 3]], [[0, 4]]])
+        return [Rows(("prefix", "suffix"), indices, torch.tensor([[[True, False]]] * 2))]
+    prefix, suffix = torch.arange(5).view(1, 1, 5) == 2, torch.arange(5).view(1, 1, 5) == 0
+    return [Rows(("prefix",), None, prefix), Rows(("suffix",), None, suffix)]
+
+
+def edit_all(hidden_states, units, indexed):
+    for rows in some_rows(indexed):
+        hidden_states = edit_rows(hidden_states, units, rows)
+    return hidden_states
 
 
 def edited_by_hand(hidden_states, units):
     tokens = list(hidden_states.unbind(1))
-    tokens[2] = units["prefix"](tokens[2].unsqueeze(1)).squeeze(1)
-    tokens[0] = units["suffix"](tokens[0].unsqueeze(1)).squeeze(1)
+    for column, unit in ((2, "prefix"), (0, "suffix")):
+        tokens[column] = edit([units[unit]], tokens[column].view(1, 1, 1, -1)).view(1, -1)
     return torch.stack(tokens, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_edit_rows_edits_the_listed_columns_alone(units, indexed, dtype):
-    hidden_states = torch.randn(1, 4, 16).to(dtype)
-    edited = edit_rows(hidden_states, units, some_rows(indexed))
-    assert torch.equal(edited[:, [1, 3]], hidden_states[:, [1, 3]])
+    hidden_states = torch.randn(1, 5, 16).to(dtype)
+    edited = edit_all(hidden_states, units, indexed)
+    assert torch.equal(edited[:, [1, 3, 4]], hidden_states[:, [1, 3, 4]])
     torch.testing.assert_close(edited, edited_by_hand(hidden_states, units))
-    assert (edited != hidden_states).any(-1).tolist() == [[True, False, True, False]]
+    assert (edited != hidden_states).any(-1).tolist() == [[True, False, True, False, False]]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_tokens_that_stay_may_be_anything(units, indexed):
     """As what a model computes for padding: no number gets from there to others."""
-    hidden_states = torch.randn(1, 4, 16)
+    hidden_states = torch.randn(1, 5, 16)
     hidden_states[0, 1], hidden_states[0, 3] = float("nan"), float("inf")
     hidden_states.requires_grad_()
-    edited = edit_rows(hidden_states, units, some_rows(indexed))
+    edited = edit_all(hidden_states, units, indexed)
     torch.testing.assert_close(edited, edited_by_hand(hidden_states, units), equal_nan=True)
     edited[:, [0, 2]].sum().backward()
     assert hidden_states.grad.isfinite().all()
@@ -69,26 +76,31 @@ def test_tokens_that_stay_may_be_anything(units, indexed):
 def test_gradients(indexed, options):
     """Of tokens that stay, also where one was gathered beside the edited ones, of those that are edited, of units."""
     units = make_layer(**options).units("default")
-    weights = torch.randn(1, 4, 16)
+    weights = torch.randn(1, 5, 16)
     found = []
-    for edit in (lambda h: edit_rows(h, units, some_rows(indexed)), lambda h: edited_by_hand(h, units)):
+    for edited in (lambda h: edit_all(h, units, indexed), lambda h: edited_by_hand(h, units)):
         for unit in units.values():
             unit.zero_grad()
             unit.eval()  # without dropout, which draws
-        hidden_states = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        (edit(hidden_states) * weights).sum().backward()
+        hidden_states = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (edited(hidden_states) * weights).sum().backward()
         found.append([hidden_states.grad, *(p.grad for unit in units.values() for p in unit.parameters())])
     torch.testing.assert_close(*found)
-    assert torch.equal(found[0][0][:, [1, 3]], weights[:, [1, 3]])
+    assert torch.equal(found[0][0][:, [1, 3, 4]], weights[:, [1, 3, 4]])
 
 
 def test_dropout_of_edited_tokens_alone():
     units = make_layer(dropout=0.999).units("default")
-    hidden_states = torch.randn(1, 4, 16)
+    hidden_states = torch.randn(1, 5, 16)
     for indexed in (True, False):
-        edited = edit_rows(hidden_states, units, some_rows(indexed))
-        assert torch.equal(edited[:, [1, 3]], hidden_states[:, [1, 3]])
+        edited = edit_all(hidden_states, units, indexed)
+        assert torch.equal(edited[:, [1, 3, 4]], hidden_states[:, [1, 3, 4]])
         assert (edited[:, [0, 2]] == 0).float().mean() > 0.9
+
+
+def of_two_rows():
+    indices = torch.tensor([[[0], [1]]]), torch.tensor([[[2, 0]] * 2, [[7, 8]] * 2])
+    return Rows(("prefix", "suffix"), indices, torch.tensor([[[True, False]] * 2] * 2))
 
 
 def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():
@@ -99,9 +111,7 @@ def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
     ):
-        mask = torch.tensor([[True, False]] * 2)
-        indices = torch.tensor([[0], [1]]), torch.tensor([[2, 0, 7, 8]] * 2)
-        edit_rows(hidden_states, units, Rows(indices, {"prefix": mask, "suffix": mask}))
+        edit_rows(hidden_states, units, of_two_rows())
     assert hidden_states.untyped_storage().data_ptr() not in kept
     d, r, rows = 16, 3, 2 * 2
     assert sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point()) == 2 * 4 * (
@@ -112,9 +122,6 @@ def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():
 def test_hidden_states_and_their_gradient_are_copied_once():
     units = make_layer().units("default")
     hidden_states = torch.randn(2, 500, 16, requires_grad=True) + 0
-    mask = torch.tensor([[True, False]] * 2)
-    indices = torch.tensor([[0], [1]]), torch.tensor([[2, 0, 7, 8]] * 2)
-    rows = Rows(indices, {"prefix": mask, "suffix": mask})
     made = []
 
     class CountLarge(TorchDispatchMode):
@@ -125,7 +132,7 @@ def test_hidden_states_and_their_gradient_are_copied_once():
 
     gradient = torch.randn(2, 500, 16)
     with CountLarge():
-        torch.autograd.grad(edit_rows(hidden_states, units, rows), hidden_states, gradient)
+        torch.autograd.grad(edit_rows(hidden_states, units, of_two_rows()), hidden_states, gradient)
     own = {hidden_states.untyped_storage().data_ptr(), gradient.untyped_storage().data_ptr()}
     assert len({t.untyped_storage().data_ptr() for t in made} - own) == 2
 

@@ -22,8 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_reft import ReftConfig
-from peft_reft.mixed_batch import BASE, UnitsOfRows, current_mixed_batch
+from peft_reft import ReftConfig, layer
+from peft_reft.intervention import edit
+from peft_reft.mixed_batch import BASE, current_mixed_batch
 
 ADAPTERS = {
     "ends": dict(r=4, positions="f2+l2"),
@@ -174,15 +175,19 @@ def test_generate_of_a_model_without_peft_model(ids):
 def test_all_rows_are_edited_in_one_pass(model, monkeypatch):
     """Neither a loop over adapters nor, after the prompt, any call at all where positions are of the prompt alone."""
     calls = []
-    edit = UnitsOfRows.__call__
-    monkeypatch.setattr(UnitsOfRows, "__call__", lambda self, h, mask=None: calls.append(list(h.shape)) or edit(self, h, mask))
+
+    def record(units, hidden_states, mask):
+        calls.append(list(hidden_states.shape))
+        return edit(units, hidden_states, mask)
+
+    monkeypatch.setattr(layer, "edit", record)
     ids, mask = make_rows(len(PROMPT_ONLY))
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=PROMPT_ONLY, **GREEDY)
-    assert calls == [[5, 2, 32], [5, 5, 32]] * 3
+    assert calls == [[2, 5, 5, 32]] * 3
     calls.clear()
     ids, mask = make_rows(len(NAMES))
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, **GREEDY)
-    assert [shape[1] for shape in calls] == [12, 3] * 3 + [1] * 15
+    assert [shape[2] for shape in calls] == [12, 3] * 3 + [1] * 15
 
 
 def test_gradients_reach_each_adapter_from_its_own_rows(model):

@@ -13,10 +13,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, layer
 from peft_reft.call import Call, Role
 from peft_reft.generation import Family
 from peft_reft.hooks import CheckpointEdits
+from peft_reft.layer import edit_rows
 from peft_reft.plan import Plan, current_plan, recall, remember
 
 
@@ -71,20 +72,23 @@ def test_threads_that_do_different_things(adapt, ids):
 @pytest.mark.parametrize(
     ("inputs", "prefix", "suffix"),
     [
-        (dict(prompt_lengths=torch.tensor([5, 8])), 2, 3),
+        (dict(prompt_lengths=torch.tensor([5, 8])), 3, 3),  # both at once
         (dict(labels=labels_of(random_ids(), *TWO["answers"])), 2, 12),  # a row may have several answers
         (dict(labels=labels_of(random_ids(), [(5, 7), (11, 12)], [(8, 12)])), 2, 12),
         (dict(position_ids=torch.arange(6).repeat(2)[None].expand(2, -1)), 12, 12),  # and several sequences
     ],
 )
-def test_tokens_that_units_are_given(adapt, ids, inputs, prefix, suffix):
+def test_tokens_that_units_are_given(adapt, ids, monkeypatch, inputs, prefix, suffix):
     """No more than an edit can need, whatever the values: the others cost time, and memory in training."""
     model, by_hand = adapt(positions="f2+l3")
     given = {"prefix": set(), "suffix": set()}
-    for name, module in model.named_modules():
-        for unit in given:
-            if name.endswith(f"reft_{unit}.default"):
-                module.register_forward_pre_hook(lambda _, args, unit=unit: given[unit].add(args[0].shape[1]))
+
+    def record(hidden_states, units, rows):
+        for unit in rows.units:
+            given[unit].add(rows.mask.shape[2])
+        return edit_rows(hidden_states, units, rows)
+
+    monkeypatch.setattr(layer, "edit_rows", record)
     model(input_ids=ids, **inputs)
     assert given == {"prefix": {prefix}, "suffix": {suffix}}
 

@@ -88,29 +88,37 @@ def test_select_for_every_length(text):
 
 def test_rows_hold_the_marked_columns_and_no_column_twice():
     """For each number of tokens that two units edit, up to their bounds, in rows that just hold them, or more."""
-    for tokens in (6, 9):
+    for tokens in (7, 9):
         orders = [torch.randperm(tokens).tolist() for _ in range(4 * 3)]
         masks = {unit: torch.zeros(4 * 3, tokens, dtype=torch.bool) for unit in ("prefix", "suffix")}
         for row, (order, (first, last)) in enumerate(zip(orders, itertools.product(range(4), range(3)), strict=True)):
             masks["prefix"][row, order[:first]] = masks["suffix"][row, order[first : first + last]] = True
         (found,) = to_rows(masks, {"prefix": 3, "suffix": 2})
-        own_rows, columns = found.indices
-        assert torch.equal(own_rows, torch.arange(12).unsqueeze(-1)) and columns.shape == (12, 5)
-        own = dict(zip(found.masks, columns.split([3, 2], 1), strict=True))
+        batch, columns = found.indices
+        assert found.units == ("prefix", "suffix")
+        assert torch.equal(batch, torch.arange(12).view(1, 12, 1)) and columns.shape == found.mask.shape == (2, 12, 3)
         for row in range(12):
-            assert len(set(columns[row].tolist())) == 5
-            for unit, mask in masks.items():
-                edited = own[unit][row][found.masks[unit][row]]
+            assert len(set(columns[:, row].flatten().tolist())) == 6
+            for index, mask in enumerate(masks.values()):
+                edited = columns[index, row][found.mask[index, row]]
                 assert sorted(edited.tolist()) == mask[row].nonzero().flatten().tolist()
 
 
 def test_rows_without_a_bound_hold_all_columns():
     masks = {unit: torch.rand(2, 6) < 0.2 for unit in ("prefix", "suffix")}
-    for most in ((None, None), (3, 3), (4, 3)):
-        assert to_rows(masks, dict(zip(masks, most, strict=True))) == [(None, masks)]
+    for most in ((None, None), (3, 3), (4, 1)):
+        found = to_rows(masks, dict(zip(masks, most, strict=True)))
+        assert [(rows.units, rows.indices) for rows in found] == [(("prefix",), None), (("suffix",), None)]
+        assert all(torch.equal(rows.mask[0], masks[rows.units[0]]) for rows in found)
     whole, gathered = to_rows(masks, {"prefix": 5, "suffix": None})
-    assert whole == (None, {"suffix": masks["suffix"]})
-    assert gathered.indices[1].shape == (2, 5) and list(gathered.masks) == ["prefix"]
+    assert (whole.units, gathered.units) == (("suffix",), ("prefix",))
+    assert whole.indices is None and gathered.indices[1].shape == gathered.mask.shape == (1, 2, 5)
+
+
+def test_a_unit_without_tokens_is_left_out():
+    masks = {unit: torch.zeros(2, 6, dtype=torch.bool) for unit in ("prefix", "suffix")}
+    assert [rows.units for rows in to_rows(masks, {"prefix": 0, "suffix": 2})] == [("suffix",)]
+    assert [rows.units for rows in to_rows(masks, {"prefix": 0, "suffix": None})] == [("suffix",)]
 
 
 @pytest.mark.parametrize("asked_before", [False, True])

@@ -144,9 +144,8 @@ def test_each_block_is_edited_where_it_runs(ids, monkeypatch):
     model = get_peft_model(base, config()).train()
 
     def record(hidden_states, units, rows):
-        tensors = [p for unit in rows.masks for p in units[unit].parameters()]
-        tensors += [*(rows.indices or ()), *rows.masks.values()]
-        found.setdefault(hidden_states.device.type, []).append((list(rows.masks), tensors))
+        tensors = [p for unit in rows.units for p in units[unit].parameters()] + [*(rows.indices or ()), rows.mask]
+        found.setdefault(hidden_states.device.type, []).append((rows.units, tensors))
         return edit_rows(hidden_states, units, rows)
 
     monkeypatch.setattr(layer, "edit_rows", record)

@@ -104,7 +104,7 @@ def test_answers_run_no_unit(adapt, prompts, monkeypatch):
     model, _ = adapt()
     calls = []
     forward = Intervention.forward
-    monkeypatch.setattr(Intervention, "forward", lambda self, h: calls.append(1) or forward(self, h))
+    monkeypatch.setattr(Intervention, "forward", lambda self: calls.append(1) or forward(self))
     generate_batch(model, prompts[:1], max_batch_tokens=32)
     assert len(calls) == 6  # two units in three layers, once
 
