@@ -1,7 +1,6 @@
 """One call of a model: what it is given, and where its prompts are."""
 
 import inspect
-import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import nn
 from .continuous_batching import Requests
 from .generation import CACHES, STATES, Family, Generation, given_tokens, tokens_before
 from .mixed_batch import MixedBatch
+from .per_thread import PerThread
 from .positions import AnyPositions, Spans
 from .spans import IGNORED_LABEL, before_labels, check, given_lengths, sequence_ids, valid_tokens, whole_sequences
 
@@ -37,7 +37,7 @@ TELLING = (
 
 USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
 
-_local = threading.local()
+_labelled = PerThread()  # the ids and the model of the last call with labels
 
 
 @dataclass(frozen=True)
@@ -255,13 +255,13 @@ class Call:
         """Keep in mind, outside of training, which ids came with labels in this thread's last such call."""
         ids = self.arguments.get("input_ids")
         if ids is not None and not self.training and not torch.compiler.is_compiling():
-            _local.labelled = (weakref.ref(ids), self.role.family)
+            _labelled.value = (weakref.ref(ids), self.role.family)
 
     def _had_labels(self) -> bool:
         """Whether these very ids came with labels in the last call of this model that had any."""
         if torch.compiler.is_compiling():
             return False
-        ids, family = getattr(_local, "labelled", (lambda: None, None))
+        ids, family = _labelled.value or (lambda: None, None)
         return ids() is not None and ids() is self.arguments.get("input_ids") and family is self.role.family
 
     def _labels_withheld(self, positions: AnyPositions) -> str:

@@ -1,6 +1,5 @@
 """A call of `generate`: the prompt that it was given, and how much of it has been processed."""
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,14 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .mixed_batch import MixedBatch
+from .per_thread import PerThread
 from .positions import Spans
 from .spans import valid_tokens, whole_sequences
 
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
 
-_local = threading.local()
+_current = PerThread()
 _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
 
 
@@ -25,12 +25,12 @@ class Family:
 
 def current_generation() -> "Generation | None":
     """The call of `generate` that runs in this thread."""
-    return getattr(_local, "generation", None)
+    return _current.value
 
 
 def set_generation(generation: "Generation | None") -> None:
     """Make `generation` the one that runs; None ends it."""
-    _local.generation = generation
+    _current.value = generation
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
@@ -86,6 +86,7 @@ class Generation:
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
             first forward is given.
         seen (`int`): tokens that have been processed; at first those that the cache holds.
+        is_answering (`bool`): whether the whole prompt has been. (torch.compile would trace anew for every `seen`.)
         is_cached (`bool`): whether forwards are given what follows a cache, rather than all tokens so far.
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
@@ -98,6 +99,7 @@ class Generation:
     input_ids: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     seen: int = 0
+    is_answering: bool = False
     is_cached: bool = True
     is_draft: bool = False
     cache: Any = None
@@ -186,18 +188,24 @@ class Generation:
         that comes in chunks, or partly from a cache, is edited at the same tokens as one that comes whole.
         """
         tokens = given_tokens(arguments) or 0
+        if self.is_answering and tokens == 1:
+            return None
         if self.valid is None:
             self.valid = torch.ones(1, tokens, dtype=torch.bool)
         prompt = self.valid.shape[1]
         if tokens > prompt or not self.seen:
             before = tokens_before(arguments)
             if isinstance(before, int) and before == 0:
-                self.seen = tokens
+                self._see(tokens)
                 return 0, tokens  # nothing is kept, if a cache was made or not: every step is given all tokens so far
         if self.seen >= prompt:
-            return None  # and `seen` stays: a change at every token would have torch.compile trace anew
-        start, self.seen = self.seen, self.seen + tokens
+            return None  # and `seen` stays
+        start = self.seen
+        self._see(start + tokens)
         return start, start + tokens
+
+    def _see(self, seen: int) -> None:
+        self.seen, self.is_answering = seen, self.valid is not None and seen >= self.valid.shape[1]
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
         """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""
@@ -264,7 +272,7 @@ class DecoderGeneration(Generation):
                 f"prefill_chunk_size={self.chunk_size}: ReFT cannot tell where the prompt of a decoder ends that is "
                 "given in chunks. Generate without it."
             )
-        self.seen = self.seen if self.valid is None and cache is not None else 0
+        self.seen, self.is_answering = self.seen if self.valid is None and cache is not None else 0, False
         # Drafts may follow the prompt in the same forward.
         columns, self.begins_with = self.begins_with or self.seen + tokens, None
         valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)

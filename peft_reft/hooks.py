@@ -4,7 +4,6 @@ They find what they need through the module that they are given, so that a copy 
 """
 
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,8 +21,9 @@ from .generation import Family, Generation, current_generation, find_cache, set_
 from .layer import LAYER, ReftLayer, adapted_modules, layer_of
 from .layout import edit_in_layout
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch, set_mixed_batch
+from .per_thread import PerThread
 
-_local = threading.local()
+_checkpointed = PerThread()  # the module whose forward has just been checkpointed together with its edits
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -93,7 +93,7 @@ def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
 
 def checkpoint_edits(module: nn.Module, args: tuple) -> None:
     """Forward pre-hook of what transformers checkpoints around edits: have it run them again with their plan."""
-    _local.checkpointed = None
+    _checkpointed.value = None
     if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, CheckpointEdits):
@@ -135,14 +135,14 @@ class CheckpointEdits:
             return edited_output(block, plan, args, forward.keywords, output) if is_edited else output
 
         output = self.function(forward_and_edit, *args)
-        _local.checkpointed = block if is_edited else None
+        _checkpointed.value = block if is_edited else None
         return output
 
 
 def was_checkpointed(module: nn.Module) -> bool:
     """Whether the forward that a module has just run was checkpointed together with its edits; asked once."""
-    checkpointed = getattr(_local, "checkpointed", None)
-    _local.checkpointed = None  # which would keep the module alive
+    checkpointed = _checkpointed.value
+    _checkpointed.value = None  # which would keep the module alive
     return checkpointed is module
 
 

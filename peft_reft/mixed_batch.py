@@ -3,7 +3,6 @@
 All rows are edited together: the weights of the adapters are stacked, and each row takes its own.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .intervention import Intervention, Matrices, projections
+from .per_thread import PerThread
 from .positions import Positions, PositionsOfRows
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BASE = "__base__"  # PEFT's name for no adapter
 
-_local = threading.local()
+_current = PerThread()
 
 
 class UnitsOfRows:
@@ -149,9 +149,9 @@ class MixedBatch:
 
 def current_mixed_batch() -> MixedBatch | None:
     """The mixed batch that this thread has been given, or None."""
-    return getattr(_local, "mixed_batch", None)
+    return _current.value
 
 
 def set_mixed_batch(mixed_batch: MixedBatch | None) -> None:
     """Make `mixed_batch` the one that models find; None ends it."""
-    _local.mixed_batch = mixed_batch
+    _current.value = mixed_batch

@@ -1,10 +1,8 @@
 """Which tokens each unit edits in a call of a model, found once.
 
-A `Plan` belongs to one call. It lies in thread-local storage while the call lasts, where every adapted module finds it
-(torch.compile traces `threading.local`, but not a `ContextVar`).
+A `Plan` belongs to one call, for as long as that lasts, and every adapted module of the thread finds it.
 """
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,9 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .call import Call
 from .mixed_batch import MixedBatch
+from .per_thread import PerThread
 from .positions import AnyPositions, Rows, to_rows
 
-_local = threading.local()
+_current = PerThread()
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
 
 
@@ -85,12 +84,12 @@ class Plan:
 
 def current_plan() -> "Plan | None":
     """The plan of the call that runs in this thread."""
-    return getattr(_local, "plan", None)
+    return _current.value
 
 
 def set_plan(plan: "Plan | None") -> None:
     """Make `plan` the one that adapted modules find; None ends the call."""
-    _local.plan = plan
+    _current.value = plan
 
 
 def tensors_among(args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

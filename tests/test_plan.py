@@ -7,10 +7,9 @@ import weakref
 
 import pytest
 import torch
-from by_hand import MASK, TWO, adapt_model, assert_edits, generated, labels_of, make_llama, random_ids
+from by_hand import TWO, adapt_model, assert_edits, generated, labels_of, make_llama, random_ids
 from peft import get_peft_model
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from peft_reft import ReftConfig, layer
@@ -357,44 +356,6 @@ def test_what_comes_between_forward_and_backward(adapt, ids, between, checkpoint
     assert found.keys() == expected.keys() and expected
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("positions", ["f2+l2", "prompt", "all"])
-def test_compiled_in_one_graph_for_all_prompts(adapt, ids, positions):
-    model, _ = adapt(positions=positions)
-    counter = CompileCounter()
-    compiled = torch.compile(model.train(), fullgraph=True, backend=counter)
-    for answers in (TWO["answers"], ([(3, 12)], [(9, 12)]), ([(2, 4), (6, 12)], [])):
-        inputs = dict(input_ids=ids, labels=labels_of(ids, *answers))
-        assert compiled(**inputs).loss == model(**inputs).loss
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("positions", ["f2+l2", "all"])
-def test_compiled_anew_for_other_lengths_no_more_often_than_the_base(adapt, ids, positions):
-    model, by_hand = adapt(positions=positions)
-    counts = []
-    for each in (by_hand.base, model):
-        torch.compiler.reset()
-        counter = CompileCounter()
-        compiled = torch.compile(each.train(), fullgraph=True, backend=counter)
-        for length in (12, 11, 10, 9):
-            labels = labels_of(ids, [(5, 12)], [(8, 12)])[:, :length]
-            compiled(input_ids=ids[:, :length], labels=labels)
-        counts.append(counter.frame_count)
-    assert counts[1] == counts[0] < 4
-
-
-@pytest.mark.slow
-def test_exported(adapt, ids):
-    """The program finds the prompts of other masks than those that it was exported with."""
-    model, by_hand = adapt(positions="f2+l2")
-    inputs = dict(input_ids=ids, attention_mask=MASK, use_cache=False)
-    program = torch.export.export(model.get_base_model(), (), inputs).module()
-    other = dict(input_ids=ids.flip(0), attention_mask=MASK.flip(0), use_cache=False)
-    columns = {"prefix": [[4, 5], [0, 1]], "suffix": [[10, 11], [10, 11]]}
-    expected, seen = by_hand.logits(columns, **other), MASK.flip(0).bool()
-    torch.testing.assert_close(program(**other).logits[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
 def test_plan_is_recalled_with_certainty_or_not_at_all():

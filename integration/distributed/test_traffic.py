@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 import traffic
-from memory import SETTINGS, base_bytes, bytes_of, in_4bit, on_meta
+from measure import bytes_of
+from memory import SETTINGS, base_bytes, in_4bit, on_meta
 
 pytest.importorskip("bitsandbytes")
 

@@ -1,0 +1,15 @@
+"""Values of a thread's own."""
+
+import threading
+from typing import Any
+
+
+class PerThread(threading.local):
+    """A value for each thread, None until it is set.
+
+    torch.compile traces `threading.local` (but not a `ContextVar`), and compiles anew where an attribute that it has
+    found missing is there: so it always is.
+    """
+
+    def __init__(self) -> None:
+        self.value: Any = None

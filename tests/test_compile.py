@@ -1,0 +1,163 @@
+"""The forward as compilers and devices see it: one graph for all prompts, in which nothing depends on values."""
+
+import pytest
+import torch
+from by_hand import GREEDY, MASK, TWO, adapt_model, labels_of, make_llama, random_ids
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CompileConfig
+
+PACKED = dict(position_ids=torch.arange(6).repeat(2)[None].expand(2, -1))
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def with_gradients(run, model, **inputs):
+    """The loss of a call, and the gradients that it gives to the model."""
+    model.zero_grad()
+    output = run(**inputs)
+    loss = output.logits.square().mean() if output.loss is None else output.loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+# What tells where prompts end, for three batches of the same shape
+PROMPTS = {
+    "labels": [
+        dict(labels=labels_of(random_ids(), *answers))
+        for answers in (TWO["answers"], ([(3, 12)], [(9, 12)]), ([(2, 4), (6, 12)], []))
+    ],
+    "lengths": [dict(prompt_lengths=torch.tensor(lengths)) for lengths in ([5, 8], [3, 12], [1, 2])],
+    "packed": [
+        dict(labels=labels_of(random_ids(), *answers), **PACKED)
+        for answers in (([(4, 6), (9, 12)], [(3, 6), (10, 12)]), ([(2, 6), (8, 12)], [(3, 6), (11, 12)]))
+    ],
+}
+
+
+@pytest.mark.parametrize("told", PROMPTS)
+@pytest.mark.parametrize("positions", ["f2", "f2+l2", "prompt", "all"])
+def test_forward_and_backward_are_one_graph_for_all_prompts(adapt, ids, positions, told):
+    model, _ = adapt(positions=positions)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.train(), fullgraph=True, backend=counter)
+    for inputs in PROMPTS[told]:
+        found = with_gradients(compiled, model, input_ids=ids, **inputs)
+        expected = with_gradients(model, model, input_ids=ids, **inputs)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_compiled_anew_for_other_lengths_no_more_often_than_the_base(adapt, ids, positions):
+    model, by_hand = adapt(positions=positions)
+    counts = []
+    for each in (by_hand.base, model):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(each.train(), fullgraph=True, backend=counter)
+        for length in (12, 11, 10, 9):
+            labels = labels_of(ids, [(5, 12)], [(8, 12)])[:, :length]
+            compiled(input_ids=ids[:, :length], labels=labels)
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[0] < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_compiled_by_inductor(adapt, ids, positions):
+    model, _ = adapt(positions=positions)
+    compiled = torch.compile(model.train(), fullgraph=True)
+    for inputs in PROMPTS["labels"]:
+        found = with_gradients(compiled, model, input_ids=ids, **inputs)
+        expected = with_gradients(model, model, input_ids=ids, **inputs)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_decoding_with_a_static_cache_is_compiled_as_often_as_the_base(adapt, ids, positions):
+    """transformers compiles the forwards of single tokens; they are as many graphs as without an adapter."""
+    model, by_hand = adapt(positions=positions)
+    expected = model.generate(input_ids=ids, attention_mask=MASK, **GREEDY)
+    counts = []
+    for generating in (by_hand.base, model):
+        torch.compiler.reset()
+        graphs = []
+
+        def note(graph, inputs, graphs=graphs):  # a function: transformers copies the config
+            if len(graph.graph.nodes) > 1:  # a hook that runs no operation makes a graph without any
+                graphs.append(len(graph.graph.nodes))
+            return graph.forward
+
+        config = CompileConfig(fullgraph=True, backend=note, mode=None)
+        config._compile_all_devices = True
+        options = dict(cache_implementation="static", compile_config=config)
+        for inputs in (
+            dict(input_ids=ids, attention_mask=MASK),
+            dict(input_ids=ids[:, :9], attention_mask=MASK[:, :9]),
+        ):
+            found = generating.generate(**inputs, **options, **GREEDY)
+        found = generating.generate(input_ids=ids, attention_mask=MASK, **options, **GREEDY)
+        counts.append(graphs)
+    assert torch.equal(found, expected)
+    assert len(counts[0]) == len(counts[1]) > 0
+    assert (counts[0] == counts[1]) == (positions != "all")
+
+
+@pytest.mark.slow
+def test_exported(adapt, ids):
+    """The program finds the prompts of other masks than those that it was exported with."""
+    model, by_hand = adapt(positions="f2+l2")
+    inputs = dict(input_ids=ids, attention_mask=MASK, use_cache=False)
+    program = torch.export.export(model.get_base_model(), (), inputs).module()
+    other = dict(input_ids=ids.flip(0), attention_mask=MASK.flip(0), use_cache=False)
+    columns = {"prefix": [[4, 5], [0, 1]], "suffix": [[10, 11], [10, 11]]}
+    expected, seen = by_hand.logits(columns, **other), MASK.flip(0).bool()
+    torch.testing.assert_close(program(**other).logits[seen], expected[seen], atol=1e-5, rtol=1e-5)
+
+
+# Without values
+
+
+class Transfers(TorchDispatchMode):
+    """Notes operations between tensors of several devices; numbers may come from anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, output)) if torch.is_tensor(leaf) and leaf.dim()]
+        if len({tensor.device for tensor in tensors}) > 1:
+            self.found.append(str(function))
+        return output
+
+
+def prepared(mask):
+    """As attention is given it [batch, 1, tokens, tokens]; transformers looks at the values of one that is not."""
+    tokens = mask.shape[1]
+    return (torch.ones(tokens, tokens).tril().bool() & mask.bool()[:, None, None]) | torch.eye(tokens).bool()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("told", PROMPTS)
+@pytest.mark.parametrize("positions", ["f2", "f2+l2", "prompt", "all"])
+def test_nothing_waits_for_values(positions, told, padded):
+    """The meta device has none: what looks at one, or makes a shape of how many there are, fails there."""
+    model, _ = adapt_model(make_llama(), positions=positions)
+    inputs = PROMPTS[told][0] | (dict(attention_mask=prepared(MASK)) if padded else {})
+    inputs = {name: tensor.to("meta") for name, tensor in (inputs | dict(input_ids=random_ids())).items()}
+    model.to("meta").train()
+    with Transfers() as transfers:
+        model(**inputs).logits.sum().backward()
+    assert not transfers.found
+    assert gradients(model)
