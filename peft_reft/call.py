@@ -79,6 +79,7 @@ class Call:
         generation (`Generation` or `Requests`, *optional*): the call of `generate` that it is part of, or the requests
             that it serves.
         tokens (`int`, *optional*): how many tokens the module is given, None if it is given no text.
+        is_answering (`bool`): whether all of them come after the prompts.
     """
 
     role: Role
@@ -87,11 +88,14 @@ class Call:
     arguments: Mapping[str, Any]
     generation: Generation | Requests | None = None
     tokens: int | None = None
+    is_answering: bool = False
     _window: tuple[int, int] | None = None
     _past: int | torch.Tensor | None = 0
     _block_mask: tuple[torch.Tensor | None] | None = None
 
     def __post_init__(self) -> None:
+        if self.owner is None:
+            return  # over; what was found stays
         # Before the call goes on: blocks add to the cache.
         self.tokens = given_tokens(self.arguments) if self.tokens is None else self.tokens
         if self.generation is not None:
@@ -99,6 +103,14 @@ class Call:
         elif self.continues:
             past = tokens_before(self.arguments)
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
+        self.is_answering = self._are_answer(self.tokens)
+
+    def _are_answer(self, tokens: int | None) -> bool:
+        """Whether so many tokens are known to come after the prompts, none of which need be looked for."""
+        if self.generation is not None:
+            return self._window is None
+        begins = isinstance(self._past, int) and self._past == 0
+        return self.continues and tokens == 1 and not begins and "prompt_lengths" not in self.arguments
 
     def contains(self, role: Role, arguments: Mapping[str, Any]) -> bool:
         """Whether a module that is called now is part of this call.
@@ -167,13 +179,12 @@ class Call:
                 f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "
                 "states of the model's tokens: name others in target_modules."
             )
+        if self._are_answer(tokens):
+            return None
         if self.generation is not None:
-            return None if self._window is None else self.generation.spans(self._window, batch, device)
-        lengths = arguments.get("prompt_lengths")
-        past = self._past
-        if tokens == 1 and lengths is None and not (isinstance(past, int) and past == 0):
-            return None  # one token after others goes on with an answer
-        past = int(past or 0)
+            assert self._window is not None
+            return self.generation.spans(self._window, batch, device)
+        lengths, past = arguments.get("prompt_lengths"), int(self._past or 0)
         valid = self._valid(arguments.get("attention_mask"), past, batch, tokens, device)
         sequences = sequence_ids(arguments, valid) if not past else None
         labels = arguments.get("labels")

@@ -72,8 +72,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The names of the active adapters that this layer has, none if adapters are disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.positions]
 
+    @property
+    def edits_answers(self) -> bool:
+        """Whether any adapter, active or not, edits tokens outside of prompts."""
+        return any(positions.span == "all" for positions in self.positions.values())
+
     def is_used_by(self, plan: Plan | None) -> bool:
         """Whether a call has adapters to run here; one whose plan is not known has the active ones."""
+        if plan is not None and plan.call.is_answering and not self.edits_answers:
+            return False
         if plan is None or plan.mixed_batch is None:
             return bool(self.adapters_in_use)
         return not self.disable_adapters and any(name in self.positions for name in plan.mixed_batch.names)

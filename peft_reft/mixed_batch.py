@@ -40,7 +40,7 @@ class UnitsOfRows:
         for members in _alike(units):
             order += members
             stacks.append(_stack([units[index] for index in members], rank))
-        projection, weight, b = (torch.cat(parts) for parts in zip(*stacks, strict=True))
+        projection, weight, b = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*stacks, strict=True))
         device = b.device
         units = [units[index] for index in order]
         self.choices = torch.tensor([order.index(choice) for choice in choices], device=device)

@@ -108,6 +108,21 @@ def make_base(config: LlamaConfig, device: torch.device = CPU, dtype: torch.dtyp
         torch.set_default_dtype(before)
 
 
+def in_nf4(base: nn.Module) -> Any:
+    """The model with the linear layers of its blocks quantized by bitsandbytes, in place."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, module in list(base.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            weight = module.weight.data
+            sizes = module.in_features, module.out_features
+            quantized = Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+            quantized.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+            base.model.set_submodule(name, quantized.to(weight.device))
+    base.is_loaded_in_4bit = True  # which PEFT asks for
+    return base
+
+
 def same_weights(base: nn.Module) -> Any:
     """A copy of a model that shares its weights and buffers."""
     shared = [*base.parameters(), *base.buffers()]

@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -224,18 +225,19 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes, self.peak = WeakIdKeyDictionary(), 0
+        self.counted, self.alive, self.peak = WeakIdKeyDictionary(), 0, 0
 
-    @property
-    def alive(self) -> int:
-        return sum(self.sizes.values())
+    def _freed(self, size: int) -> None:
+        self.alive -= size
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = storages(tree_leaves((args, kwargs)))
         output = func(*args, **kwargs or {})
         for key, storage in storages(tree_leaves(output)).items():
-            if key not in given:
-                self.sizes[storage] = storage.nbytes()
+            if key not in given and storage not in self.counted:
+                size = storage.nbytes()
+                self.counted[storage] = weakref.finalize(storage, self._freed, size)
+                self.alive += size
         self.peak = max(self.peak, self.alive)
         return output
 

@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the time that the process had one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", help="of the model, such as bfloat16")
+    parser.add_argument("--nf4", action="store_true", help="quantize the model's linear layers")
     parser.add_argument("--only", default="", metavar="REGEX", help="contenders beside the floor")
     parser.add_argument("--peers", metavar="PYTHON", help="a Python that has pyreft or adapters")
     parser.add_argument("--json", type=Path)
@@ -165,8 +166,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     use_clock(args.clock)
     size = args.size or WORKLOADS[args.workload][1]
-    setup = Setup(SIZES[size], torch.device(args.device), getattr(torch, args.dtype))
+    setup = Setup(SIZES[size], torch.device(args.device), getattr(torch, args.dtype), args.nf4)
     found = run(args.workload, setup, args.rounds, args.only) | {"size": size, "dtype": args.dtype}
+    found["dtype"] += ", NF4" * args.nf4
     if args.peers and args.workload in WITH_PEERS:
         found["peers"] = run_peers(args.peers, args.workload, size, setup, args.rounds)
     report(found)

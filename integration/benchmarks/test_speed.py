@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import speed
@@ -166,6 +167,17 @@ def test_what_is_loaded_is_what_was_saved(name):
     loaded = {key.replace(".loaded", ""): tensor for key, tensor in state.items() if ".loaded" in key}
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+def test_quantized_base():
+    """Its weights are those of the other one, but for rounding; all contenders train on it."""
+    pytest.importorskip("bitsandbytes")
+    setup = replace(TINY, nf4=True)
+    base, exact = setup.make_base(), TINY.make_base()
+    inputs = training_inputs(TINY.size, TINY.device)
+    torch.testing.assert_close(base(**inputs).loss, exact(**inputs).loss, rtol=1e-2, atol=0)
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    check_found(speed.run("training-step", setup, rounds=2), "training-step")
 
 
 @pytest.mark.parametrize("workload", set(WORKLOADS) - {"training-step", "import"})

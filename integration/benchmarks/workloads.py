@@ -19,6 +19,7 @@ from frozen import (
     Size,
     TrainingStep,
     check_edits,
+    in_nf4,
     make_base,
     make_floor,
     prompts,
@@ -64,6 +65,11 @@ class Setup:
     size: Size
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    nf4: bool = False
+
+    def make_base(self) -> LlamaForCausalLM:
+        base = make_base(self.size.config, self.device, self.dtype)
+        return in_nf4(base) if self.nf4 else base
 
 
 # Models that compute
@@ -108,7 +114,7 @@ def generations(
 
 def training_step(setup: Setup) -> Groups:
     """Forward and backward of a batch; half of each row is prompt."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     yield None, training_steps(setup, base, {name: config() for name, config in (REFT | LORA).items()})
 
 
@@ -123,7 +129,7 @@ def decode(setup: Setup) -> Groups:
 
 
 def generate(setup: Setup, new_tokens: int) -> list[Contender]:
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     models = {name: adapt(base, config()) for name, config in (REFT | LORA).items()}
     return generations(setup, base, models, new_tokens, {})
 
@@ -153,7 +159,7 @@ def mixed_batches(setup: Setup, base: nn.Module, rows: int, number: int, configs
 
 def mixed_batch(setup: Setup) -> Groups:
     """An adapter for each row: 1, 4, 16 and 64 rows with prompts of 32 tokens, and 24 new ones."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     for number in powers(4, setup.size.adapters):
         yield from mixed_batches(setup, base, number, number, REFT | LORA)
 
@@ -168,7 +174,7 @@ def powers(base: int, most: int) -> list[int]:
 
 def ranks(setup: Setup) -> Groups:
     """A training step at ranks from 1 to 256, as far as the model's width goes."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     for r in powers(2, min(256, setup.size.config.hidden_size)):
         configs = {"ReFT, f7+l7": reft(r=r), "ReFT, all": reft(r=r, positions="all")}
         yield r, training_steps(setup, base, configs | {"LoRA, q and v": lora(r=r, target_modules=QV)})
@@ -176,7 +182,7 @@ def ranks(setup: Setup) -> Groups:
 
 def lengths(setup: Setup) -> Groups:
     """A training step of one row of 128 to 8192 tokens (of the size's tokens, to 64 times as many)."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     for times in powers(2, 64):
         tokens = times * setup.size.tokens
         at = replace(setup, size=replace(setup.size, batch=1, tokens=tokens))
@@ -186,7 +192,7 @@ def lengths(setup: Setup) -> Groups:
 
 def adapters(setup: Setup) -> Groups:
     """A batch of 64 rows that use 1 to 64 adapters."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     configs = {name: (REFT | LORA)[name] for name in ("ReFT, r 8, f7+l7", "LoRA, r 8, q and v")}
     for number in powers(2, setup.size.adapters):
         yield from mixed_batches(setup, base, setup.size.adapters, number, configs)
@@ -194,14 +200,14 @@ def adapters(setup: Setup) -> Groups:
 
 def positions(setup: Setup) -> Groups:
     """A training step that edits the first and the last n tokens of the prompt, n from 1 to half of it."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     for n in powers(2, setup.size.tokens // 4):
         yield 2 * n, training_steps(setup, base, {"ReFT, r 8": reft(positions=f"f{n}+l{n}")})
 
 
 def layers(setup: Setup) -> Groups:
     """A training step that edits the first n layers, so that the floor is the same for all n."""
-    base = make_base(setup.size.config, setup.device, setup.dtype)
+    base = setup.make_base()
     for n in powers(2, setup.size.config.num_hidden_layers):
         chosen = list(range(n))
         configs = {"ReFT, r 8, f7+l7": reft(layers_to_transform=chosen)}
@@ -237,8 +243,7 @@ class Attach(Contender):
             self.model = LlamaForCausalLM(self.size.config)
 
     def run(self) -> None:
-        with torch.device("meta"):
-            get_peft_model(self.model, self.config())
+        get_peft_model(self.model, self.config())
 
 
 class Save(Contender):
