@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -42,6 +44,24 @@ def make_llama(layers: int = 3, **options) -> LlamaForCausalLM:
         vocab_size=VOCABULARY, num_hidden_layers=layers, initializer_range=0.2, **shape, **special, **options
     )
     return LlamaForCausalLM(config).eval()
+
+
+def save_llama(folder: Path, tokenizer: Any, hidden_size: int, initializer_range: float) -> Path:
+    """A folder with a model that is wide enough to be quantized, and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=initializer_range,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_gpt2() -> GPT2LMHeadModel:

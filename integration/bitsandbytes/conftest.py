@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from by_hand import VOCABULARY
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from by_hand import save_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, pad_token_id=0, eos_token_id=2, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_llama(tmp_path_factory.mktemp("base"), tokenizer, hidden_size=64, initializer_range=0.2)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,14 @@ ON_CPUS = {
 }
 
 
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_quant_storage": "float32",
+    "bnb_4bit_compute_dtype": "float32",
+}
+
+
 @dataclass
 class Launched:
     """What came of a launch.

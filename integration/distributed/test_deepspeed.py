@@ -5,6 +5,7 @@ DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8 ninja py-cpuin
 """
 
 import pytest
+from launch import NF4
 from launch import train as train_distributed
 
 pytestmark = pytest.mark.slow
@@ -12,7 +13,6 @@ pytest.importorskip("deepspeed")
 
 ON_CPUS = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}  # accelerate knows DeepSpeed or CPUs, not both
 SETTINGS = {"save_strategy": "steps", "save_steps": 3, "per_device_eval_batch_size": 2}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 ONE_PROCESS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
@@ -25,7 +25,7 @@ def runs_in(folder, rows, describe):
         describe("checkpointed, resumed", rows, more | resume, **SETTINGS),
         describe("accumulated", rows, per_device_train_batch_size=1, gradient_accumulation_steps=2),
         describe("clipped", rows, max_grad_norm=0.1, gradient_checkpointing=False),
-        describe("nf4", rows, {"quantized": NF4 | {"bnb_4bit_quant_storage": "float32"}}),
+        describe("nf4", rows, {"quantized": NF4}),
     ]
     return {run["name"]: run for run in runs}
 

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from launch import NF4
 from launch import train as train_distributed
 from safetensors.torch import load_file
 from trainers import assert_equal_tensors
@@ -16,12 +17,6 @@ KEPT = {"FSDP_ACTIVATION_CHECKPOINTING": "false"}
 OFFLOADED = {"FSDP_OFFLOAD_PARAMS": "true"}
 MIXED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_quant_storage": "float32",
-    "bnb_4bit_compute_dtype": "float32",
-}
 FEW = {"max_steps": 2}
 NORM = {"reft": {"modules_to_save": ["norm"]}}
 

@@ -1,5 +1,7 @@
 """ReFT on a base in every quantization that transformers loads and a CPU can run."""
 
+import contextlib
+
 import pytest
 import torch
 from by_hand import VOCABULARY, ByHand, labels_of
@@ -41,7 +43,8 @@ def quantized(loaders, base, tmp_path_factory):
     def load(kind):
         if kind not in loaders:
             try:
-                loaders[kind] = QUANTIZATIONS[kind](base, tmp_path_factory.mktemp("quantized"))
+                with contextlib.chdir(tmp_path_factory.mktemp("work")):  # where gptqmodel writes its logs
+                    loaders[kind] = QUANTIZATIONS[kind](base, tmp_path_factory.mktemp("quantized"))
             except ModuleNotFoundError as error:
                 pytest.skip(f"{error.name} is not installed")
         return loaders[kind]
