@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from transformers.activations import ACT2FN
 from .config import Variant
 from .orthogonal import orthonormal_rows
 
-# What h + projection^T (act_fn(weight h + b) - subtracted h) needs: projection, weight and subtracted [..., r, d], of
-# which the latter two are None for zero, and b [..., 1, r]
+# What h + projection^T (act_fn(weight h + b) - subtracted h) needs of n units: projection, weight and subtracted
+# [n, r, d], of which the latter two are None for zero, and b [n, 1, r]
 Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 
@@ -25,19 +26,22 @@ class Unit(Protocol):
     @property
     def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor] | None: ...
 
-    def __call__(self) -> Matrices: ...
+    @staticmethod
+    def stack(units: Any) -> Matrices:
+        """The matrices of several of the same kind, one after the other, in float32 at least."""
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which an edit is computed in the dtype that it chooses."""
-    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)  # there is none for meta
+    kind = "cpu" if device.type == "meta" else device.type  # there is no autocast for meta
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def projections(weight: torch.Tensor, orthonormal: bool) -> torch.Tensor:
-    """The projections that are used for trained `R` [..., r, d], in float32 at least, and never `R` itself."""
+    """The projections that are used for trained `R` [..., r, d], in float32 at least."""
     if orthonormal:
         return orthonormal_rows(weight)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 class Intervention(nn.Module):
@@ -126,26 +130,37 @@ class Intervention(nn.Module):
         """The projection R [r, d] that is used, in float32 at least."""
         return projections(self.R, self.variant.orthonormal)
 
-    def forward(self) -> Matrices:
-        """What it edits with, in float32 at least. New tensors: FSDP takes gathered parameters away after the call."""
-        projection = self.projection()
-        dtype, subtracted = projection.dtype, None
-        weight = None if self.W is None else self.W.to(dtype, copy=not self.variant.subtract)
-        if self.variant.subtract and self.act_fn is not None:
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Copies of `R`, `W` and `b`: FSDP and ZeRO gather the parameters for the time of this call alone."""
+        return self.R.clone(), None if self.W is None else self.W.clone(), self.b.clone()
+
+    @staticmethod
+    def stack(units: Sequence["Intervention"]) -> Matrices:
+        """The matrices of units of one adapter, in float32 at least."""
+        rows, weights, b = zip(*(unit() for unit in units), strict=True)
+        variant, subtracted = units[0].variant, None
+        projection = projections(stack(rows), variant.orthonormal)
+        weight = stack(weights).to(projection.dtype) if variant.linear else None
+        if variant.subtract and units[0].act_fn is not None:
             subtracted = projection
-        elif self.variant.subtract:  # in one product, so that W = R makes the edit exactly zero
+        elif variant.subtract:  # in one product, so that W = R makes the edit exactly zero
             weight = -projection if weight is None else weight - projection
-        return projection, weight, subtracted, self.b.to(dtype, copy=True).unsqueeze(0)
+        return projection, weight, subtracted, stack(b).to(projection.dtype).unsqueeze(1)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, d={self.d}, {self.variant}"
 
 
-def stacked(matrices: Sequence[Matrices], dtype: torch.dtype) -> Matrices:
-    """The matrices of several units [number, r, d] and [number, 1, r], in `dtype` at least."""
-    dtype = torch.promote_types(matrices[0][0].dtype, dtype)
-    stacks = (None if parts[0] is None else torch.stack(parts).to(dtype) for parts in zip(*matrices, strict=True))
-    return tuple(None if stack is None else stack.flatten(0, -3) for stack in stacks)  # type: ignore[return-value]
+def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, without a copy of a single one."""
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def cast(matrices: Matrices, dtype: torch.dtype) -> Matrices:
+    """Matrices in another dtype."""
+    projection, weight, subtracted, b = matrices
+    weight, subtracted = (None if matrix is None else matrix.to(dtype) for matrix in (weight, subtracted))
+    return projection.to(dtype), weight, subtracted, b.to(dtype)
 
 
 def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,8 +175,10 @@ def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor 
         `torch.Tensor` [units, batch, n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
     """
     with without_autocast(hidden_states.device):
-        projection, weight, subtracted, b = stacked([unit() for unit in units], hidden_states.dtype)
-        h = hidden_states.to(projection.dtype).reshape(len(projection), -1, hidden_states.shape[-1])
+        matrices = units[0].stack(units)
+        dtype = torch.promote_types(hidden_states.dtype, matrices[0].dtype)
+        projection, weight, subtracted, b = cast(matrices, dtype)
+        h = hidden_states.to(dtype).reshape(len(projection), -1, hidden_states.shape[-1])
         low_rank = b.expand(-1, h.shape[1], -1) if weight is None else torch.baddbmm(b, h, weight.mT)
         if units[0].act_fn is not None:
             low_rank = units[0].act_fn(low_rank)

@@ -25,8 +25,6 @@ _current = PerThread()
 class UnitsOfRows:
     """Units of several adapters, of any variant and rank, that edit each row by its own.
 
-    Called like a unit, it gives the matrices of all rows, or groups of rows, one after the other.
-
     Args:
         units (`Sequence[Intervention]`): the units, all of the same width.
         choices (`Sequence[int]`): for each row, or group of rows, the index of its unit.
@@ -59,9 +57,15 @@ class UnitsOfRows:
             subtract = subtract & ~activated
         self.weight = weight - projection * subtract  # in one product, as in `Intervention`
 
-    def __call__(self) -> Matrices:
-        matrices = (self.projection, self.weight, self.subtracted, self.b)
-        return tuple(None if matrix is None else matrix[self.choices] for matrix in matrices)  # type: ignore[return-value]
+    @staticmethod
+    def stack(units: Sequence["UnitsOfRows"]) -> Matrices:
+        """The matrices of all rows, or groups of rows, for the first of `units`, then for the next."""
+        matrices = zip(*((unit.projection, unit.weight, unit.subtracted, unit.b) for unit in units), strict=True)
+        choices = [unit.choices for unit in units]
+        return tuple(  # type: ignore[return-value]
+            None if parts[0] is None else torch.cat([part[own] for part, own in zip(parts, choices, strict=True)])
+            for parts in matrices
+        )
 
     def _activate(self, source: torch.Tensor) -> torch.Tensor:
         """Apply to each row [units * rows, n, r] its own activation."""
