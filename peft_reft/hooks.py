@@ -18,7 +18,7 @@ from . import plan as plans
 from .call import SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
 from .generation import Family, Generation, current_generation, find_cache, set_generation
-from .layer import LAYER, ReftLayer, adapted_modules, layer_of
+from .layer import LAYER, ReftLayer, adapted_modules, base_modules, layer_of
 from .layout import edit_in_layout
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch, set_mixed_batch
 from .per_thread import PerThread
@@ -269,7 +269,7 @@ def mix(model: nn.Module, family: Family, names: Any) -> MixedBatch:
 
 def hook_wrappers(model: nn.Module) -> None:
     """Have the modules that adapters train and save apart (`modules_to_save`) follow mixed batches, too."""
-    for module in model.modules():
+    for _, module in base_modules(model):
         if isinstance(module, AuxiliaryTrainingWrapper) and not hasattr(module, "_reft_names_rows"):
             module.register_forward_pre_hook(name_rows, with_kwargs=True)
             module._reft_names_rows = True  # type: ignore[assignment]
@@ -290,7 +290,7 @@ def name_rows(
 
 def family_of(model: nn.Module) -> Family:
     """What stands for a model, new if it has not been adapted before."""
-    roles = (vars(module).get("_reft_role") for module in model.modules())
+    roles = (vars(module).get("_reft_role") for _, module in base_modules(model))
     return next((role.family for role in roles if role is not None), None) or Family()
 
 

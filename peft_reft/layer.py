@@ -60,12 +60,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def units(self, adapter_name: str) -> dict[str, Intervention]:
         """The units of an adapter by name: `"unit"`, or `"prefix"` and `"suffix"`."""
-        units = (name.removeprefix("reft_") for name in self.adapter_layer_names)
-        return {
-            unit: getattr(self, f"reft_{unit}")[adapter_name]
-            for unit in units
-            if adapter_name in getattr(self, f"reft_{unit}")
-        }
+        slots: dict[str, Any] = {"unit": self.reft_unit, "prefix": self.reft_prefix, "suffix": self.reft_suffix}
+        return {slot: units[adapter_name] for slot, units in slots.items() if adapter_name in units}
 
     @property
     def adapters_in_use(self) -> list[str]:
@@ -125,9 +121,23 @@ def layer_of(module: nn.Module) -> ReftLayer | None:
     return layer if isinstance(layer, ReftLayer) else None
 
 
+def base_modules(
+    module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules of a model but those within `ReftLayer`s, which may be many for each adapter."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for own, child in module._modules.items():
+        if child is not None and not isinstance(child, ReftLayer):
+            yield from base_modules(child, f"{name}.{own}" if name else own, seen)
+
+
 def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
     """The modules of a model that have a `ReftLayer`, with it, by name."""
-    return {name: (module, layer) for name, module in model.named_modules() if (layer := layer_of(module)) is not None}
+    return {name: (module, layer) for name, module in base_modules(model) if (layer := layer_of(module)) is not None}
 
 
 class TakeRows(torch.autograd.Function):

@@ -34,7 +34,7 @@ class UnitsOfRows:
 
     def __init__(self, units: Sequence[Intervention], choices: Sequence[int]):
         order, stacks = [], []
-        rank = max(unit.b.shape[0] for unit in units)
+        rank = max(unit.r for unit in units)
         for members in _alike(units):
             order += members
             stacks.append(_stack([units[index] for index in members], rank))
@@ -89,12 +89,11 @@ def _stack(units: Sequence[Intervention], rank: int) -> tuple[torch.Tensor, torc
     projection = projections(rows, units[0].variant.orthonormal)
     weight = torch.stack([torch.zeros_like(unit.R) if unit.W is None else unit.W for unit in units])
     b = torch.stack([unit.b for unit in units])
-    dtype, missing = projection.dtype, rank - rows.shape[1]
-    return (
-        nn.functional.pad(projection, (0, 0, 0, missing)),
-        nn.functional.pad(weight.to(dtype), (0, 0, 0, missing)),
-        nn.functional.pad(b.to(dtype), (0, missing)),
-    )
+    weight, b, missing = weight.to(projection.dtype), b.to(projection.dtype), rank - rows.shape[1]
+    if missing:
+        projection, weight = (nn.functional.pad(matrix, (0, 0, 0, missing)) for matrix in (projection, weight))
+        b = nn.functional.pad(b, (0, missing))
+    return projection, weight, b
 
 
 @dataclass
