@@ -179,11 +179,11 @@ def tokens_given(positions: Positions, unit: str, run: Run) -> int | None:
 def kept_by_unit(d: int, r: int, run: Run, n: int | None) -> int:
     """What the backward pass of a unit needs, in bytes: its input, R h, and the matrices of LoReFT.
 
-    In float32, whatever the model's dtype is: rows (d + r), and of the size of R three matrices: Q of the QR
-    decomposition, the projection, and W - R; besides, r^2 + r for QR. Where tokens are taken out, the rows' numbers.
+    In float32, whatever the model's dtype is: rows (d + r), and of the size of R two matrices: the projection,
+    and W - R; besides, r^2 for making rows orthonormal. Where tokens are taken out, the rows' numbers.
     """
     rows = run.batch * (run.tokens if n is None else n)
-    return 4 * (rows * (d + r) + 3 * r * d + r * r + r) + (0 if n is None else 8 * run.batch)
+    return 4 * (rows * (d + r) + 2 * r * d + r * r) + (0 if n is None else 8 * run.batch)
 
 
 def kept_by_plan(run: Run, n: int | None) -> int:
