@@ -4,14 +4,16 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils import other
-from transformers import GenerationMixin, Trainer
+from transformers import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
@@ -24,6 +26,10 @@ from .model import misfit
 from .quantized import keep_dtypes
 from .registration import REFT
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.trainer_callback import CallbackHandler
+
 
 def complete_upstream() -> None:
     """Complete the methods, once."""
@@ -33,11 +39,19 @@ def complete_upstream() -> None:
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
-    complete(Trainer, "__init__", restore_dtypes)
-    complete(Trainer, "_save_checkpoint", begin_checkpoint)
-    complete(Trainer, "save_model", save_sharded)
-    complete(Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
     complete(other, "fsdp_auto_wrap_policy", wrap_units)
+    complete(Accelerator, "__init__", begin_accelerator)
+    complete_trainer()
+
+
+def complete_trainer() -> None:
+    """Complete `Trainer` if its module is there. To import it would take longer than all else: it brings datasets."""
+    module: Any = sys.modules.get("transformers.trainer")
+    if hasattr(module, "Trainer"):
+        complete(module.CallbackHandler, "on_init_end", restore_dtypes)
+        complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
+        complete(module.Trainer, "save_model", save_sharded)
+        complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
 
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
@@ -171,16 +185,28 @@ def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any
     )
 
 
-def restore_dtypes(method: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away."""
-    method(trainer, *args, **kwargs)
-    if trainer.model is not None:
-        for module in trainer.model.modules():
+def begin_accelerator(method: Callable[..., Any], accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
+    """Each `Trainer` makes an accelerator when it is made itself: whenever its module came, it is complete from here.
+
+    Before that nothing is called but `__init__`.
+    """
+    complete_trainer()
+    method(accelerator, *args, **kwargs)
+
+
+def restore_dtypes(method: Callable[..., Any], handler: "CallbackHandler", *args: Any, **kwargs: Any) -> Any:
+    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away.
+
+    Called at the end of `Trainer.__init__`, which may have begun before it could be completed itself.
+    """
+    if handler.model is not None:
+        for module in handler.model.modules():
             if isinstance(module, Intervention):
                 module.restore_dtype()
+    return method(handler, *args, **kwargs)
 
 
-def begin_checkpoint(method: Callable[..., Any], trainer: Trainer, model: Any, trial: Any, **kwargs: Any) -> None:
+def begin_checkpoint(method: Callable[..., Any], trainer: "Trainer", model: Any, trial: Any, **kwargs: Any) -> None:
     """A checkpoint is whole when the trainer's state is there, which is written last: not one that was left there.
 
     Training that goes on from an earlier checkpoint writes those after it anew, over files that are there.
@@ -192,7 +218,7 @@ def begin_checkpoint(method: Callable[..., Any], trainer: Trainer, model: Any, t
 
 
 def save_sharded(
-    method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any
+    method: Callable[..., Any], trainer: "Trainer", output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> None:
     """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
@@ -203,7 +229,7 @@ def save_sharded(
     method(trainer, output_dir, *args, **kwargs)
 
 
-def load_sharded_optimizer(method: Callable[..., Any], trainer: Trainer, checkpoint: str | None) -> None:
+def load_sharded_optimizer(method: Callable[..., Any], trainer: "Trainer", checkpoint: str | None) -> None:
     """accelerate reads into what state an optimizer of FSDP1 has, where it is sharded: into none before a step."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
     is_sharded = bool(checkpoint) and any(Path(str(checkpoint)).glob("optimizer_*/"))
