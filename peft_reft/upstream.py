@@ -6,7 +6,7 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from .checkpoints import STATE
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
-from .model import misfit
+from .model import ReftModel, misfit
 from .quantized import keep_dtypes
 from .registration import REFT
 
@@ -90,9 +90,9 @@ def load_or_take_back(
     if not in_place:
         refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
     try:
-        with placed_for_good(model) if in_place else nullcontext():
+        with placed_for_good(model) if in_place else overwritten(model):
             result = method(model, model_id, adapter_name, *args, **kwargs)
-    except Exception:
+    except BaseException:  # an interrupt, too, would leave it, of zeros
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == REFT:
                 model.delete_adapter(name)
@@ -103,9 +103,10 @@ def load_or_take_back(
 
 def is_in_place(model: PeftModel, adapter_name: str) -> bool:
     """Whether an adapter lies where its blocks are executed, in a model to which accelerate has given its hooks."""
+    if adapter_name not in model.peft_config or not any("_hf_hook" in vars(module) for module in model.modules()):
+        return False
     units = [unit for _, layer in adapted_modules(model).values() for unit in layer.units(adapter_name).values()]
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return hooked and bool(units) and not any(unit.b.is_meta for unit in units)
+    return bool(units) and not any(unit.b.is_meta for unit in units)
 
 
 @contextmanager
@@ -118,6 +119,20 @@ def placed_for_good(model: PeftModel) -> Iterator[None]:
     finally:
         del vars(model)["hf_device_map"]
         vars(model).update(own)
+
+
+@contextmanager
+def overwritten(model: PeftModel) -> Iterator[None]:
+    """Have an adapter that is added not be initialised: that takes longer than to load it, and is lost at once."""
+    tuner: Any = model.base_model
+    if not isinstance(tuner, ReftModel):
+        yield
+        return
+    tuner.is_loading = True
+    try:
+        yield
+    finally:
+        tuner.is_loading = False
 
 
 def refuse_adapter_names(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
