@@ -307,25 +307,30 @@ def kind_of(module: nn.Module) -> str | None:
     return None if role is None else role.kind
 
 
-def roles_around(model: nn.Module, name: str, config: PeftConfig) -> dict[str, tuple[str, bool]]:
+def paths_to(name: str) -> list[str]:
+    """The names of the modules around a module, outermost first, and its own."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def roles_around(modules: Mapping[str, nn.Module], name: str, config: PeftConfig) -> dict[str, tuple[str, bool]]:
     """The models around a module whose calls have plans: by path, the kind of their role and whether it is apart."""
-    parts = name.split(".")
-    paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
-    around = [path for path in paths if isinstance(model.get_submodule(path), PreTrainedModel)] or [""]
-    outermost: Any = model.get_submodule(around[0])
-    nearest = model.get_submodule(around[-1])
+    paths = paths_to(name)
+    around = [path for path in paths if isinstance(modules[path], PreTrainedModel)] or [""]
+    outermost: Any = modules[around[0]]
+    nearest = modules[around[-1]]
     generates = isinstance(outermost, PreTrainedModel) and outermost.can_generate()
     generates = generates or config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
     if isinstance(outermost, PreTrainedModel) and outermost.config.is_encoder_decoder:
         # Encoder and decoder have sequences of their own; what is told of them is told to the model around them.
         halves = (outermost.get_encoder(), outermost.get_decoder())
-        path = max([around[-1], *(p for p in paths if model.get_submodule(p) in halves)], key=len)
-        nearest = model.get_submodule(path)  # perhaps no model of transformers' kind (FSMT)
+        path = max([around[-1], *(p for p in paths if modules[p] in halves)], key=len)
+        nearest = modules[path]  # perhaps no model of transformers' kind (FSMT)
         kind = "whole" if reads_text(nearest) else "signal"
-        if nearest in set(halves[1].modules()) and (generates or kind_of(nearest) == "decoder"):
+        if any(modules[p] is halves[1] for p in paths_to(path)) and (generates or kind_of(nearest) == "decoder"):
             kind = "decoder"
         return {around[0]: ("whole", False)} | {path: (kind, nearest is not outermost)}
-    generates = generates or any(kind_of(model.get_submodule(path)) == "causal" for path in around)
+    generates = generates or any(kind_of(modules[path]) == "causal" for path in around)
     kind = "causal" if generates else "whole" if reads_text(outermost) else "signal"
     if reads_text(outermost) and not reads_text(nearest):  # a tower of images or sound
         return {around[0]: (kind, False), around[-1]: ("signal", True)}
@@ -334,31 +339,31 @@ def roles_around(model: nn.Module, name: str, config: PeftConfig) -> dict[str, t
 
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
     """Hook the models around every adapted module, so that each call of them has a plan."""
+    modules = dict(model.named_modules())
     callers: dict[str, tuple[str, bool]] = {}
-    for name in adapted_modules(model):
-        callers = roles_around(model, name, config) | callers
-        hook_checkpoints(model, name)
+    for name in [name for name, module in modules.items() if layer_of(module) is not None]:
+        callers = roles_around(modules, name, config) | callers
+        hook_checkpoints(modules, name)
     family = family_of(model)
     for path, (kind, apart) in callers.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         if "_reft_role" not in vars(module):
-            module._reft_handles = (  # type: ignore[assignment]
+            module._reft_handles = (
                 module.register_forward_pre_hook(begin_call, with_kwargs=True),
                 module.register_forward_hook(end_call, always_call=True),
             )
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         depth = len(path.split(".")) if path else 0
-        module._reft_role = Role(family, kind, depth, names, apart)  # type: ignore[assignment]
-    for module in model.modules():
+        module._reft_role = Role(family, kind, depth, names, apart)
+    for module in modules.values():
         if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
             vars(module)["generate"] = Generate(module, family)
 
 
-def hook_checkpoints(model: nn.Module, name: str) -> None:
+def hook_checkpoints(modules: Mapping[str, nn.Module], name: str) -> None:
     """Hook all that transformers may checkpoint around an adapted module, and the module itself."""
-    parts = name.split(".")
-    for n in range(len(parts) + 1):
-        module = model.get_submodule(".".join(parts[:n]))
+    for path in paths_to(name):
+        module = modules[path]
         if hasattr(module, "gradient_checkpointing") and "_reft_checkpoint_handle" not in vars(module):
             module._reft_checkpoint_handle = module.register_forward_pre_hook(checkpoint_edits)  # type: ignore
 

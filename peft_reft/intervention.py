@@ -80,6 +80,8 @@ class Intervention(nn.Module):
                 is subtracted, W = 0 where it is not, and b = 0. "reference" for the draws of pyreft. False for a
                 random edit that is not zero, to test with.
         """
+        if self.b.is_meta:  # there is nothing to draw, only work that is done for it
+            return
         if self.variant.orthonormal:
             nn.init.orthogonal_(self.R)
         else:

@@ -48,13 +48,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     bias = weight
 
-    def update_layer(self, adapter_name: str, r: int, config: ReftConfig) -> None:
-        """Add an adapter of rank `r`."""
+    def update_layer(self, adapter_name: str, r: int, config: ReftConfig, is_drawn: bool = True) -> None:
+        """Add an adapter of rank `r`; of zeros unless `is_drawn`, for a checkpoint to be put in their place."""
         positions = Positions.parse(config.positions)
         self.positions[adapter_name] = positions
         for unit in positions.units(config.share_weights):
             intervention = Intervention(VARIANTS[config.intervention], self.d, r, config.dropout, config.act_fn)
-            intervention.reset_parameters(config.init_weights)
+            if is_drawn:
+                intervention.reset_parameters(config.init_weights)
+            else:
+                for parameter in intervention.parameters():
+                    nn.init.zeros_(parameter)
             getattr(self, f"reft_{unit}")[adapter_name] = intervention
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -66,6 +66,7 @@ class ReftModel(BaseTuner):
     prefix: str = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}  # the blocks are found, whatever the architecture
+    is_loading = False  # whether the values of an adapter that is added now are overwritten by a checkpoint's at once
 
     # Injection
 
@@ -116,7 +117,7 @@ class ReftModel(BaseTuner):
         if layer is None:
             layer = ReftLayer(d, architecture_of(self.model, current_key))
             hook_module(target, layer)
-        layer.update_layer(adapter_name, r, peft_config)
+        layer.update_layer(adapter_name, r, peft_config, is_drawn=not self.is_loading)
         move_adapter(layer, adapter_name, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -199,15 +200,13 @@ class ReftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        needed = needed_tensors(model, adapter_name)
+        tensors = list(tensors_of(model, adapter_name))
+        needed = {key: unit.shapes()[name] for key, unit, name in tensors}
         keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
         keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
         check_checkpoint(adapter_name, needed, state_dict)
-        placed = {
-            key: sharded_as(getattr(unit, name), state_dict[key])
-            for key, unit, name in tensors_of(model, adapter_name)
-        }
+        placed = {key: sharded_as(getattr(unit, name), state_dict[key]) for key, unit, name in tensors}
         state_dict = state_dict | placed
         if not any(name.startswith(PEFT_PREFIX) for name, _ in model.named_parameters()):
             # PEFT takes the prefix away for a model that is no PeftModel, and takes one that FSDP1 wraps for that.
@@ -217,16 +216,16 @@ class ReftModel(BaseTuner):
 
 def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: bool = False) -> None:
     """Put an adapter where the module is that it adapts, and in the module's dtype if `cast`."""
-    own = [p for name, p in module.named_parameters() if not name.startswith(f"{LAYER}.")]
-    dtypes = [p.dtype for p in own if p.is_floating_point()] if cast else []
-    devices = [p.device for p in own]
-    hooks = [part._hf_hook for part in module.modules() if hasattr(part, "_hf_hook")]
+    own = (p for name, p in module.named_parameters() if not name.startswith(f"{LAYER}."))
+    like = next((p for p in own if p.is_floating_point() or not cast), None)
+    device, dtype = (None, None) if like is None else (like.device, like.dtype if cast else None)
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
     if hooks:  # accelerate's: offloaded parameters lie on meta until the module, or its part, is called
         executing = (getattr(hook, "execution_device", None) for hook in hooks)
-        devices.insert(0, next((device for device in executing if device is not None), torch.device("cpu")))
+        device = next((device for device in executing if device is not None), torch.device("cpu"))
     for unit in layer.units(adapter_name).values():
-        if devices and not unit.b.is_meta:
-            unit.to(device=devices[0], dtype=dtypes[0] if dtypes else None)
+        if not unit.b.is_meta and (dtype is not None or unit.b.device != device):
+            unit.to(device=device, dtype=dtype)
 
 
 def refuse_sharded(model: nn.Module) -> None:

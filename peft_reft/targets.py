@@ -1,8 +1,10 @@
 """Finding the modules that a config adapts: transformer blocks of any model, or the modules that it names."""
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +101,7 @@ def check_blocks(model: nn.Module, name: str) -> None:
         )
 
 
+@functools.cache
 def source_of(function: Any) -> str:
     """The source of a function, empty where there is none."""
     try:
@@ -265,11 +268,11 @@ def output_width(model: nn.Module, name: str) -> int:
             return width
         names = name.split(".")
         owners = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
-        by_config = [getattr(text_config(owner), "hidden_size", None) for owner in owners]
-        by_norm = [norm_width(child) for owner in owners for child in owner.children()]
+        by_config = (getattr(text_config(owner), "hidden_size", None) for owner in owners)
+        by_norm = (norm_width(child) for owner in owners for child in owner.children())
         nearest = next((owner for owner in owners if isinstance(owner, PreTrainedModel)), model)
         # The config of a vision tower may give the width of its end alone.
-        for width in by_config + by_norm if reads_text(nearest) else by_norm + by_config:
+        for width in chain(by_config, by_norm) if reads_text(nearest) else chain(by_norm, by_config):
             if isinstance(width, int):
                 return width
         problem = (

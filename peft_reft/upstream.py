@@ -4,14 +4,16 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils import other
-from transformers import GenerationMixin, Trainer
+from transformers import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
@@ -20,9 +22,13 @@ from .checkpoints import STATE
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
-from .model import misfit
+from .model import ReftModel, misfit
 from .quantized import keep_dtypes
 from .registration import REFT
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.trainer_callback import CallbackHandler
 
 
 def complete_upstream() -> None:
@@ -33,11 +39,19 @@ def complete_upstream() -> None:
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
-    complete(Trainer, "__init__", restore_dtypes)
-    complete(Trainer, "_save_checkpoint", begin_checkpoint)
-    complete(Trainer, "save_model", save_sharded)
-    complete(Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
     complete(other, "fsdp_auto_wrap_policy", wrap_units)
+    complete(Accelerator, "__init__", begin_accelerator)
+    complete_trainer()
+
+
+def complete_trainer() -> None:
+    """Complete `Trainer` if its module is there. To import it would take longer than all else: it brings datasets."""
+    module: Any = sys.modules.get("transformers.trainer")
+    if hasattr(module, "Trainer"):
+        complete(module.CallbackHandler, "on_init_end", restore_dtypes)
+        complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
+        complete(module.Trainer, "save_model", save_sharded)
+        complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
 
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
@@ -76,9 +90,9 @@ def load_or_take_back(
     if not in_place:
         refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
     try:
-        with placed_for_good(model) if in_place else nullcontext():
+        with placed_for_good(model) if in_place else overwritten(model):
             result = method(model, model_id, adapter_name, *args, **kwargs)
-    except Exception:
+    except BaseException:  # an interrupt, too, would leave it, of zeros
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == REFT:
                 model.delete_adapter(name)
@@ -89,9 +103,10 @@ def load_or_take_back(
 
 def is_in_place(model: PeftModel, adapter_name: str) -> bool:
     """Whether an adapter lies where its blocks are executed, in a model to which accelerate has given its hooks."""
+    if adapter_name not in model.peft_config or not any("_hf_hook" in vars(module) for module in model.modules()):
+        return False
     units = [unit for _, layer in adapted_modules(model).values() for unit in layer.units(adapter_name).values()]
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return hooked and bool(units) and not any(unit.b.is_meta for unit in units)
+    return bool(units) and not any(unit.b.is_meta for unit in units)
 
 
 @contextmanager
@@ -104,6 +119,20 @@ def placed_for_good(model: PeftModel) -> Iterator[None]:
     finally:
         del vars(model)["hf_device_map"]
         vars(model).update(own)
+
+
+@contextmanager
+def overwritten(model: PeftModel) -> Iterator[None]:
+    """Have an adapter that is added not be initialised: that takes longer than to load it, and is lost at once."""
+    tuner: Any = model.base_model
+    if not isinstance(tuner, ReftModel):
+        yield
+        return
+    tuner.is_loading = True
+    try:
+        yield
+    finally:
+        tuner.is_loading = False
 
 
 def refuse_adapter_names(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,16 +200,28 @@ def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any
     )
 
 
-def restore_dtypes(method: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away."""
-    method(trainer, *args, **kwargs)
-    if trainer.model is not None:
-        for module in trainer.model.modules():
+def begin_accelerator(method: Callable[..., Any], accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
+    """Each `Trainer` makes an accelerator when it is made itself: whenever its module came, it is complete from here.
+
+    Before that nothing is called but `__init__`.
+    """
+    complete_trainer()
+    method(accelerator, *args, **kwargs)
+
+
+def restore_dtypes(method: Callable[..., Any], handler: "CallbackHandler", *args: Any, **kwargs: Any) -> Any:
+    """TRL's trainers have cast what is trained on a 4-bit or 8-bit base to bfloat16, which rounds most steps away.
+
+    Called at the end of `Trainer.__init__`, which may have begun before it could be completed itself.
+    """
+    if handler.model is not None:
+        for module in handler.model.modules():
             if isinstance(module, Intervention):
                 module.restore_dtype()
+    return method(handler, *args, **kwargs)
 
 
-def begin_checkpoint(method: Callable[..., Any], trainer: Trainer, model: Any, trial: Any, **kwargs: Any) -> None:
+def begin_checkpoint(method: Callable[..., Any], trainer: "Trainer", model: Any, trial: Any, **kwargs: Any) -> None:
     """A checkpoint is whole when the trainer's state is there, which is written last: not one that was left there.
 
     Training that goes on from an earlier checkpoint writes those after it anew, over files that are there.
@@ -192,7 +233,7 @@ def begin_checkpoint(method: Callable[..., Any], trainer: Trainer, model: Any, t
 
 
 def save_sharded(
-    method: Callable[..., Any], trainer: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any
+    method: Callable[..., Any], trainer: "Trainer", output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> None:
     """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
@@ -203,7 +244,7 @@ def save_sharded(
     method(trainer, output_dir, *args, **kwargs)
 
 
-def load_sharded_optimizer(method: Callable[..., Any], trainer: Trainer, checkpoint: str | None) -> None:
+def load_sharded_optimizer(method: Callable[..., Any], trainer: "Trainer", checkpoint: str | None) -> None:
     """accelerate reads into what state an optimizer of FSDP1 has, where it is sharded: into none before a step."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
     is_sharded = bool(checkpoint) and any(Path(str(checkpoint)).glob("optimizer_*/"))

@@ -91,6 +91,42 @@ def test_parameter_counts_of_the_paper(layers, d, kind, options, count):
 # Attaching
 
 
+@pytest.fixture
+def visits(monkeypatch):
+    """Counts the modules that walks visit, PEFT's own walks included."""
+    count = [0]
+
+    def counted(walk):
+        def replacement(*args, **kwargs):
+            for visited in walk(*args, **kwargs):
+                count[0] += 1
+                yield visited
+
+        return replacement
+
+    for name in ("named_modules", "named_children"):
+        monkeypatch.setattr(nn.Module, name, counted(getattr(nn.Module, name)))
+    return count
+
+
+def test_work_grows_with_layers_and_no_faster(tmp_path, visits):
+    """To attach an adapter, to load one and to switch to it."""
+
+    def work(layers):
+        base, before = make_llama(layers), visits[0]
+        model = get_peft_model(base, config())
+        attached = visits[0]
+        model.save_pretrained(tmp_path / str(layers))
+        saved = visits[0]
+        model.load_adapter(tmp_path / str(layers), "other")
+        loaded = visits[0]
+        model.set_adapter("other")
+        return attached - before, loaded - saved, visits[0] - loaded
+
+    for few, more, most in zip(work(4), work(8), work(16), strict=True):
+        assert 0 < few < more and most - more == 2 * (more - few)
+
+
 def test_blocks_stay_what_they_are(ids):
     base = make_llama()
     blocks, names = [type(block) for block in base.model.layers], list(base.state_dict())
@@ -384,6 +420,36 @@ def test_delete_adapter(ids):
     model.delete_adapter("two")
     assert not any(".reft_" in name for name in model.state_dict())
     assert torch.equal(logits(model.base_model.model, ids), base)
+
+
+def test_adapter_that_is_loaded_is_not_initialised(saved, ids, monkeypatch):
+    path, expected = saved
+    drawn, draw = [], nn.init.orthogonal_
+    monkeypatch.setattr(nn.init, "orthogonal_", lambda tensor: drawn.append(tensor) or draw(tensor))
+    model, state = get_peft_model(base_of(path), config()), torch.get_rng_state()
+    assert len(drawn) == 6
+    model.load_adapter(path / "adapter", adapter_name="loaded")
+    assert len(drawn) == 6 and torch.equal(torch.get_rng_state(), state)
+    model.set_adapter("loaded")
+    assert torch.equal(logits(model, ids), expected)
+    model.add_adapter("new", config())
+    assert len(drawn) == 12
+
+
+def test_interrupted_load_leaves_no_adapter(saved, monkeypatch):
+    """Nor one of zeros, which what is loaded was to overwrite."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    path, _ = saved
+    model = get_peft_model(base_of(path), config())
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(path / "adapter", adapter_name="loaded")
+    assert list(model.peft_config) == ["default"] and not any(".loaded." in name for name in model.state_dict())
+    model.add_adapter("new", config())
+    assert all(p.any() for name, p in model.named_parameters() if ".new." in name)
 
 
 def test_adapter_loaded_beside_another(saved, ids):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,60 @@ def test_twice_is_harmless():
     before = methods()
     complete_upstream()
     assert methods() == before
+
+
+def run(code, *args):
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+
+
+def test_import_brings_nothing_heavy():
+    code = """
+import sys
+import peft
+before = set(sys.modules)
+import peft_reft
+added = sys.modules.keys() - before
+assert "peft_reft.upstream" in added
+heavy = ("accelerate", "datasets", "pandas", "pyarrow", "torch", "transformers")
+assert not [name for name in added if name.split(".")[0] in heavy], added
+"""
+    process = run(code)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_trainer_is_completed_whenever_it_is_imported(tmp_path, order):
+    """The parameters that TRL has cast are restored, and a checkpoint that is written anew is not whole before."""
+    code = """
+import sys
+from pathlib import Path
+order, folder = sys.argv[1:]
+if order == "first":
+    from transformers import Trainer
+import peft_reft
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+base = LlamaForCausalLM(LlamaConfig(**shape))
+model = get_peft_model(base, peft_reft.ReftConfig(r=2, task_type="CAUSAL_LM"))
+unit = base.model.layers[0].reft.units("default")["prefix"]
+unit.keep_dtype()  # as in a quantized model, which the Trainer does not move
+base.quantization_method = "bitsandbytes"
+for parameter in unit.parameters():
+    parameter.data = parameter.to(torch.bfloat16)
+assert ("transformers.trainer" in sys.modules) == (order == "first")
+from transformers import Trainer
+trainer = Trainer(model, TrainingArguments(folder, use_cpu=True, report_to="none"))
+assert {parameter.dtype for parameter in unit.parameters()} == {torch.float32}
+state = Path(folder) / "checkpoint-0" / "trainer_state.json"
+state.parent.mkdir()
+state.touch()
+trainer.save_model = lambda *args, **kwargs: sys.exit(state.exists())
+trainer._save_checkpoint(model, None)
+"""
+    process = run(code, order, str(tmp_path))
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize(("config", "completed"), [(ReftConfig, True), (LoraConfig, False)])
