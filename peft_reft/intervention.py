@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
 from .config import Variant
@@ -165,6 +166,42 @@ def cast(matrices: Matrices, dtype: torch.dtype) -> Matrices:
     return projection.to(dtype), weight, subtracted, b.to(dtype)
 
 
+class LinearEdit(torch.autograd.Function):
+    """h + projection^T (weight h + b), where a mask is true, in the dtype of h, computed in that of the matrices.
+
+    Besides the matrices it keeps h as it was given, not as it was computed with: half as much in half precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        given: torch.Tensor,
+        projection: torch.Tensor,
+        weight: torch.Tensor,
+        b: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        h = given.to(projection.dtype)
+        low_rank = masked(torch.baddbmm(b, h, weight.mT), mask)
+        ctx.save_for_backward(given, projection, weight, mask, low_rank)
+        return torch.baddbmm(h, low_rank, projection).to(given.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        given, projection, weight, mask, low_rank = ctx.saved_tensors
+        wide = gradient.to(projection.dtype)
+        of_low_rank = masked(wide @ projection.mT, mask)
+        of_given = torch.baddbmm(wide, of_low_rank, weight).to(given.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = of_low_rank.mT @ given.to(projection.dtype)
+        return of_given, low_rank.mT @ wide, of_weight, of_low_rank.sum(1, keepdim=True), None
+
+
+def masked(low_rank: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zero where a mask [n, tokens, 1] is false: here, where edits are narrow."""
+    return low_rank if mask is None else torch.where(mask, low_rank, 0)
+
+
 def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Edit hidden states, each part by a unit of its own, all of one adapter or of one mixed batch.
 
@@ -176,21 +213,21 @@ def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor 
     Returns:
         `torch.Tensor` [units, batch, n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
     """
+    act_fn, dropout = units[0].act_fn, units[0].dropout
     with without_autocast(hidden_states.device):
         matrices = units[0].stack(units)
-        dtype = torch.promote_types(hidden_states.dtype, matrices[0].dtype)
-        projection, weight, subtracted, b = cast(matrices, dtype)
-        h = hidden_states.to(dtype).reshape(len(projection), -1, hidden_states.shape[-1])
-        low_rank = b.expand(-1, h.shape[1], -1) if weight is None else torch.baddbmm(b, h, weight.mT)
-        if units[0].act_fn is not None:
-            low_rank = units[0].act_fn(low_rank)
-        if subtracted is not None:
-            low_rank = torch.baddbmm(low_rank, h, subtracted.mT, alpha=-1)
-        if mask is not None:
-            mask = mask.reshape(*h.shape[:-1], 1)
-            low_rank = torch.where(mask, low_rank, 0)  # here, where it is narrow
-        edited = torch.baddbmm(h, low_rank, projection)  # with the sum in the product, to read and write h once
-        if units[0].training and units[0].dropout.p:
-            dropped = units[0].dropout(edited)
-            edited = dropped if mask is None else torch.where(mask, dropped, edited)
-        return edited.view_as(hidden_states).to(hidden_states.dtype)
+        projection, weight, subtracted, b = cast(matrices, torch.promote_types(hidden_states.dtype, matrices[0].dtype))
+        given = hidden_states.reshape(len(projection), -1, hidden_states.shape[-1])
+        mask = None if mask is None else mask.reshape(*given.shape[:-1], 1)
+        if act_fn is None and weight is not None:
+            edited = LinearEdit.apply(given, projection, weight, b, mask)
+        else:
+            h = given.to(projection.dtype)
+            low_rank = b.expand(-1, h.shape[1], -1) if weight is None else torch.baddbmm(b, h, weight.mT)
+            low_rank = low_rank if act_fn is None else act_fn(low_rank)
+            if subtracted is not None:
+                low_rank = torch.baddbmm(low_rank, h, subtracted.mT, alpha=-1)
+            edited = torch.baddbmm(h, masked(low_rank, mask), projection).to(given.dtype)
+        if units[0].training and dropout.p:
+            edited = dropout(edited) if mask is None else torch.where(mask, dropout(edited), edited)
+        return edited.view_as(hidden_states)

@@ -28,9 +28,9 @@ def make(variant, init_weights=False, **options):
     return unit
 
 
-def edited_by(unit, hidden_states):
+def edited_by(unit, hidden_states, mask=None):
     """Edit hidden states [batch, n, d] by one unit."""
-    return edit([unit], hidden_states.unsqueeze(0)).squeeze(0)
+    return edit([unit], hidden_states.unsqueeze(0), None if mask is None else mask.unsqueeze(0)).squeeze(0)
 
 
 @pytest.mark.parametrize("act_fn", [None, "relu", "gelu"])
@@ -117,9 +117,23 @@ def test_gradients_in_half_precision():
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() and p.grad.any() for p in unit.parameters())
 
 
+def test_gradients_are_those_of_float32():
+    """Of hidden states in half precision, which are kept as they are; on the way back they are rounded once."""
+    hidden_states, weights = torch.randn(2, 5, D).bfloat16(), torch.randn(2, 5, D).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        unit, h = make("loreft"), hidden_states.to(dtype, copy=True).requires_grad_()
+        edited_by(unit, h).backward(weights.to(dtype))
+        found.append([h.grad.bfloat16(), *(p.grad for p in unit.parameters())])
+    assert all(torch.equal(half, full) for half, full in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("act_fn", [None, "tanh"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients(variant):
-    unit = make(variant).double()
+def test_gradients(variant, act_fn, masked):
+    unit = make(variant, act_fn=act_fn).double()
+    mask = torch.tensor([[True, False, True, True]]) if masked else None
     names = [f"unit.{name}" for name, _ in unit.named_parameters()]
 
     class Edited(torch.nn.Module):
@@ -128,7 +142,7 @@ def test_gradients(variant):
             self.unit = unit
 
         def forward(self, hidden_states):
-            return edited_by(self.unit, hidden_states)
+            return edited_by(self.unit, hidden_states, mask)
 
     def edited(hidden_states, *parameters):
         return torch.func.functional_call(Edited(unit), dict(zip(names, parameters, strict=True)), hidden_states)

@@ -125,11 +125,11 @@ def tokens_given(positions: Positions, unit: str, run: Run) -> int | None:
 def kept_by_unit(d: int, r: int, run: Run, n: int | None) -> int:
     """What the backward pass of a unit needs, in bytes: its input, R h, and the matrices of LoReFT.
 
-    In float32, whatever the model's dtype is: rows (d + r), and of the size of R two matrices: the projection, and
-    W - R; besides, r^2 for making rows orthonormal.
+    The input in the model's dtype, all else in float32: R h, of the size of R two matrices, the projection and W - R,
+    and r^2 for making rows orthonormal.
     """
     rows = run.batch * (run.tokens if n is None else n)
-    return 4 * (rows * (d + r) + 2 * r * d + r * r)
+    return run.dtype.itemsize * rows * d + 4 * (rows * r + 2 * r * d + r * r)
 
 
 def kept_by_plan(run: Run, given: list[int | None]) -> int:
