@@ -25,6 +25,7 @@ from .targets import find_targets, is_excluded
 
 TAG = "reft"
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
+SHARDED = (FSDPModule, FullyShardedDataParallel)
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
 
 
@@ -230,7 +231,7 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
 
 def refuse_sharded(model: nn.Module) -> None:
     """Raise a ValueError if FSDP has sharded a model: what is added to it would be trained by each process apart."""
-    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+    if any(isinstance(module, SHARDED) for module in model.modules()):
         raise ValueError("Add adapters before FSDP shards the model: those added later are not kept the same.")
 
 
@@ -242,9 +243,10 @@ def plain_name(name: str) -> str:
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
     """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
     for name, (_, layer) in adapted_modules(model).items():
+        prefix = f"{plain_name(name)}.{LAYER}"
         for unit, intervention in layer.units(adapter_name).items():
             for key in intervention.shapes():
-                yield f"{plain_name(name)}.{LAYER}.reft_{unit}.{adapter_name}.{key}", intervention, key
+                yield f"{prefix}.reft_{unit}.{adapter_name}.{key}", intervention, key
 
 
 def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:

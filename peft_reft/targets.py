@@ -51,9 +51,9 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
     prefix = next(name for name, module in model.named_modules() if module is root)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in root.named_modules(prefix=prefix):
-        outermost = not any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and outermost:
-            lists[name] = module
+        if isinstance(module, nn.ModuleList) and len(module):
+            if not any(name.startswith(f"{outer}.") for outer in lists):  # an outermost one
+                lists[name] = module
     if layers_pattern is not None:
         patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
         found = [name for name in lists if any(name == p or name.endswith(f".{p}") for p in patterns)]
