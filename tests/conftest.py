@@ -7,6 +7,13 @@ from peft import PeftModel
 from torch import nn
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Drop what imports have printed so far, or pytest prints it after its last line."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture.is_globally_capturing():
+        capture.read_global_capture()
+
+
 @pytest.fixture
 def adapt() -> Callable[..., tuple[PeftModel, ByHand]]:
     """Gives a tiny model with a ReFT adapter that edits visibly, in eval mode, and the same by hand."""
