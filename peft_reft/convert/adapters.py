@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ..config import VARIANTS
 from ..positions import Positions
@@ -15,53 +16,58 @@ FIELDS = ("dropout", "non_linearity", "orthogonality", "prefix_positions", "suff
 
 def read_adapters(source: str | Path, intervention: str | None) -> Edits:
     """Read a checkpoint of adapters; for the arguments see `convert_adapters`."""
-    whole = read_config(fetch(source, "adapter_config.json"), "adapter_config.json", "adapters")
-    config = whole.get("config")
-    if not isinstance(config, dict) or config.get("architecture") != "reft":
-        kind = config.get("architecture") if isinstance(config, dict) else None
-        raise ValueError(
-            f"{source} is no ReFT checkpoint of adapters: the architecture in its adapter_config.json is {kind!r}."
-        )
-    if missing := {*FIELDS} - config.keys():
-        raise ValueError(
-            f"{source} is no ReFT checkpoint of adapters: its config has no {', '.join(sorted(missing))}."
-        )
-    folder = fetch(source, "*.json", "*adapter*.bin", "*adapter*.safetensors", "*head*")
-    tensors = read_tensors(folder, "adapter.safetensors", "pytorch_adapter.bin")
-    if tensors is None:
-        raise ValueError(f"{source} is not whole: it has no adapter.safetensors and no pytorch_adapter.bin.")
+    config = adapters_config(source)
+    folder = fetch(source, "adapter_config.json", *WEIGHTS, *HEADS)
+    tensors = read_tensors(folder, *WEIGHTS)
+    if not tensors:
+        raise ValueError(f"{source} is not whole: it has no tensors in {' or '.join(WEIGHTS)}.")
     intervention = adapters_intervention(config["orthogonality"], intervention)
-    grouped: dict[str, dict[int, Tensors]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.+)\.reft_layer\.refts\.[^.]+\.units\.(\d+)\.(.+)", key)
-        if match is None:
-            raise ValueError(f"{source} holds {key!r}, which is no tensor of a ReFT of adapters.")
-        grouped.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
-    if not grouped:
-        raise ValueError(f"{source} holds no tensors.")
     prefix, suffix, tied = config["prefix_positions"], config["suffix_positions"], config["tied_weights"]
     positions = "+".join([f"f{prefix}"] * bool(prefix) + [f"l{suffix}"] * bool(suffix))
     names = Positions.parse(positions).units(tied)
-    numbers = [0, 1] if len(names) == 2 else [0 if tied or prefix else 1]  # the other of two is never run
+    numbers = (0, 1) if len(names) == 2 else (0 if tied or prefix else 1,)  # the other of two is never run
     units: dict[int | str, dict[str, Tensors]] = {
         module: {
             name: adapters_unit(found.get(number, {}), intervention, f"{module}, unit {number}")
             for name, number in zip(names, numbers, strict=True)
         }
-        for module, found in grouped.items()
+        for module, found in by_module(tensors).items()
     }
-    act_fn = adapters_activation(config["non_linearity"])
-    head = read_tensors(folder, *HEADS) or {}
     return Edits(
         intervention,
         positions,
         share_weights=len(names) == 1,
         units=units,
-        act_fn=act_fn,
+        act_fn=adapters_activation(config["non_linearity"]),
         dropout=config["dropout"],
-        head=head,
+        head=read_tensors(folder, *HEADS) or {},
         trains_output_embeddings=False,  # train_adapter freezes them
     )
+
+
+def adapters_config(source: str | Path) -> dict[str, Any]:
+    """The config of a ReFT of adapters."""
+    config = read_config(fetch(source, "adapter_config.json"), "adapter_config.json", "adapters").get("config")
+    kind = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or kind != "reft":
+        raise ValueError(
+            f"{source} is no ReFT checkpoint of adapters: the architecture in its adapter_config.json is {kind!r}."
+        )
+    if missing := {*FIELDS} - config.keys():
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"{source} is no ReFT checkpoint of adapters: its adapter_config.json has no {names}.")
+    return config
+
+
+def by_module(tensors: Tensors) -> dict[str, dict[int, Tensors]]:
+    """The tensors of each unit, by its number, of each module."""
+    modules: dict[str, dict[int, Tensors]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.+)\.reft_layer\.refts\.[^.]+\.units\.(\d+)\.(.+)", key)
+        if match is None:
+            raise ValueError(f"{key!r} is no tensor of a ReFT of adapters.")
+        modules.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
+    return modules
 
 
 def adapters_intervention(is_orthogonal: bool, intervention: str | None) -> str:

@@ -76,12 +76,13 @@ def read_pyreft(
     keys: dict[int | str, list[str]] = {}  # of each module
     interventions: dict[str, Tensors] = {}
     for place in map(Representation.parse, config["representations"]):
+        module = place.module
         key = next(key for key in map(f"{place.key}#{{}}".format, count()) if key not in interventions)
         tensors = read_tensors(folder, f"intkey_{key}.safetensors", f"intkey_{key}.bin")
         if tensors is None:
             raise ValueError(f"{source} is not whole: intkey_{key}.bin, which its config.json asks for, is missing.")
         interventions[key] = pyreft_unit(tensors, intervention, act_fn, f"intkey_{key}")
-        keys.setdefault(place.module, []).append(key)
+        keys.setdefault(module, []).append(key)
     order = config.get("sorted_keys") or [*interventions]  # in which pyvene is given locations
     names = Positions.parse(positions).units(is_shared(keys, positions, share_weights))
     units = {

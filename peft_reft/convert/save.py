@@ -48,7 +48,8 @@ def with_orthonormal_rows(unit: Tensors, intervention: str, act_fn: str | None) 
     defect = (given @ given.mT - torch.eye(len(given), dtype=given.dtype)).abs().max()
     if not defect < LARGEST_DEFECT:
         raise ValueError(
-            f"The projection of {intervention} has no orthonormal rows: R R^T is {defect:.2g} away from the identity."
+            f"The projection of {intervention} has no orthonormal rows: R R^T is {defect:.2g} away from the identity. "
+            "(Weight decay makes zeros of rows that torch's parametrizations.orthogonal keeps so.)"
         )
     rows = orthonormal_rows(given)
     factor_t = rows @ given.mT  # L^T
