@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_reft.convert import convert_adapters, convert_pyreft, files
+from peft_reft.convert.pyreft import Representation
 from peft_reft.convert.save import with_orthonormal_rows
 
 D, R = 32, 3
@@ -79,7 +80,6 @@ def converted(source, base, convert=convert_pyreft, **options) -> tuple[PeftConf
         "README.md",
     }
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     parts = {key: key.split(".") for key in tensors if ".reft." in key}
     own = {f"{p[p.index('reft') - 1]}.{p[-2].removeprefix('reft_')}.{p[-1]}": tensors[key] for key, p in parts.items()}
     return PeftConfig.from_pretrained(folder), own | {key: tensors[key] for key in tensors.keys() - parts.keys()}
@@ -165,6 +165,8 @@ def test_other_components_are_refused(tmp_path, base, component):
     source = save_pyreft(tmp_path / "a", [1], [make_unit()], component=component)
     with pytest.raises(ValueError, match="component=.* cannot be converted: ReFT here edits tokens"):
         converted(source, base, positions="f2")
+    with pytest.raises(ValueError, match="component='block_output', unit='h.pos' cannot be converted"):
+        Representation(0, "block_output", "h.pos", 1).module  # noqa: B018
 
 
 def test_bias_of_the_projection(tmp_path, base):
@@ -189,13 +191,22 @@ def test_bias_that_pyreft_does_not_use(tmp_path, base):
     assert torch.equal(tensors["0.unit.b"], unit["learned_source.bias"])
 
 
-def test_safetensors_and_half_precision(tmp_path, base):
-    unit = make_unit(dtype=torch.bfloat16)
+def test_safetensors(tmp_path, base):
+    unit = make_unit()
     source = save_pyreft(tmp_path / "a", [0], [unit])
     file = next(source.glob("intkey_*.bin"))
     save_file(unit, file.with_suffix(".safetensors"))
     file.unlink()
     assert_unit(converted(source, base, positions="f2")[1], "0.unit", unit)
+
+
+@pytest.mark.parametrize("kind", ["Loreft", "Noreft"])
+def test_half_precision_is_widened(tmp_path, base, kind):
+    unit = make_unit(kind, dtype=torch.bfloat16)
+    _, tensors = converted(save_pyreft(tmp_path / "a", [0], [unit], kind), base, positions="f2")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    bias = unit["bias" if kind == "Loreft" else "learned_source.bias"]
+    torch.testing.assert_close(tensors["0.unit.b"], bias.float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("intervention", ["loreft", "direft_orthogonal", "lobireft"])
@@ -372,9 +383,8 @@ def save_adapters(folder: Path, modules: str = "model.layers.{}", units: int = 2
             layers = nn.ModuleDict({"learned_source": nn.Linear(D, R), "projection": nn.Linear(D, R, bias=False)})
             if config["orthogonality"]:
                 nn.utils.parametrizations.orthogonal(layers["projection"])
-                layers["projection"].parametrizations["weight"].original.data += 0.1 * torch.randn(R, D).triu(
-                    1
-                )  # trained
+                original = layers["projection"].get_parameter("parametrizations.weight.original")
+                original.data += 0.1 * torch.randn(R, D).triu(1)  # trained
             prefix = f"{modules.format(layer)}.reft_layer.refts.name.units.{unit}."
             written |= {prefix + name: tensor for name, tensor in layers.state_dict().items()}
             used[f"{layer}.{unit}.R"] = layers["projection"].weight.detach()
@@ -426,9 +436,12 @@ def test_projection_that_is_not_orthogonal(tmp_path, base, intervention):
     assert_units(tensors, used, {"prefix": 0, "suffix": 1})
 
 
-def test_names_of_a_class_without_a_head(tmp_path, base):
-    source, used = save_adapters(tmp_path / "a", modules="layers.{}")
-    _, tensors = converted(source, base, convert_adapters)
+@pytest.mark.parametrize("modules, task_type", [("layers.{}", "CAUSAL_LM"), ("model.layers.{}", "FEATURE_EXTRACTION")])
+def test_names_of_another_class_around_the_model(tmp_path, base, modules, task_type):
+    """With a head around it or not, the names of the same modules begin otherwise."""
+    source, used = save_adapters(tmp_path / "a", modules=modules)
+    config, tensors = converted(source, base, convert_adapters, task_type=task_type)
+    assert (config.task_type, config.target_modules) == (task_type, None)
     assert_units(tensors, used, {"prefix": 0, "suffix": 1})
 
 

@@ -77,7 +77,7 @@ class Fixture:
 
     @property
     def tolerance(self) -> float:
-        return 1e-5 if self.dtype == torch.float32 else 0.05
+        return 1e-5 if self.dtype == torch.float32 else 0.1  # bfloat16 has 0.03 between logits of 4 to 8
 
 
 @pytest.fixture(scope="module")
