@@ -200,6 +200,17 @@ def test_safetensors(tmp_path, base):
     assert_unit(converted(source, base, positions="f2")[1], "0.unit", unit)
 
 
+def test_names_of_older_versions(tmp_path, base):
+    units = [make_unit(), make_unit()]
+    keys = [f"layer.0.comp.block_output.unit.pos.nunit.1#{number}" for number in (1, 0)]
+    source = save_pyreft(tmp_path / "a", [0, 0], units, sorted_keys=keys)
+    for key in keys:
+        (source / f"intkey_{key.replace('.', '_')}.bin").rename(source / f"intkey_{key}.bin")
+    _, tensors = converted(source, base, positions="f2+l2")
+    assert_unit(tensors, "0.prefix", units[1])
+    assert_unit(tensors, "0.suffix", units[0])
+
+
 @pytest.mark.parametrize("kind", ["Loreft", "Noreft"])
 def test_half_precision_is_widened(tmp_path, base, kind):
     unit = make_unit(kind, dtype=torch.bfloat16)

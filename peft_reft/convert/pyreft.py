@@ -73,17 +73,19 @@ def read_pyreft(
         )
     intervention = pyreft_intervention(config["intervention_types"])
     folder = fetch(source, "config.json", "intkey_*", "pytorch_model.bin")
+    # Earlier versions of pyvene have points in keys where there are underscores now.
+    names_of_files = {path.stem.replace(".", "_"): path.name for path in sorted(folder.glob("intkey_*"))}
     keys: dict[int | str, list[str]] = {}  # of each module
     interventions: dict[str, Tensors] = {}
     for place in map(Representation.parse, config["representations"]):
         module = place.module
         key = next(key for key in map(f"{place.key}#{{}}".format, count()) if key not in interventions)
-        tensors = read_tensors(folder, f"intkey_{key}.safetensors", f"intkey_{key}.bin")
+        tensors = read_tensors(folder, names_of_files.get(f"intkey_{key}", ""))
         if tensors is None:
             raise ValueError(f"{source} is not whole: intkey_{key}.bin, which its config.json asks for, is missing.")
         interventions[key] = pyreft_unit(tensors, intervention, act_fn, f"intkey_{key}")
         keys.setdefault(module, []).append(key)
-    order = config.get("sorted_keys") or [*interventions]  # in which pyvene is given locations
+    order = [key.replace(".", "_") for key in config.get("sorted_keys") or interventions]  # that of the locations
     names = Positions.parse(positions).units(is_shared(keys, positions, share_weights))
     units = {
         module: dict(zip(names, (interventions[key] for key in in_order(own, order, first_unit)), strict=True))
