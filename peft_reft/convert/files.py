@@ -1,0 +1,84 @@
+"""The files of checkpoints, and the tensors in them."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from .edits import Tensors
+
+
+def fetch(source: str | Path, *patterns: str) -> Path:
+    """The folder of a checkpoint, brought from the Hub, as far as its files match the patterns, if there is none."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is neither a folder nor a repository that the Hub gives: {error}") from error
+
+
+def read_config(folder: Path, name: str, kind: str) -> dict[str, Any]:
+    """The JSON file of a checkpoint."""
+    path = folder / name
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "a file"
+        raise ValueError(f"{folder} is no checkpoint of {kind}: it has no {name} (found: {found or 'nothing'}).")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not the config of a checkpoint of {kind}.")
+    if "peft_type" in config:
+        raise ValueError(f"{folder} is a PEFT adapter already, of type {config['peft_type']}.")
+    return config
+
+
+def read_tensors(folder: Path, *names: str) -> Tensors | None:
+    """The tensors in the first of these files that is there, None if none is. No code in a pickle is run."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is a pickle with more than tensors in it, which could run code, or it is damaged. "
+            "Save the checkpoint anew, with tensors alone."
+        ) from error
+    except Exception as error:  # each format's reader has errors of its own
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, not tensors by name.")
+    return dict(tensors)
+
+
+def take(tensors: Tensors, name: str, where: str) -> torch.Tensor:
+    """One of the tensors, in float32."""
+    if name not in tensors:
+        raise ValueError(f"{where} has no tensor {name!r} (found: {', '.join(sorted(tensors)) or 'none'}).")
+    return tensors[name].float()
+
+
+def take_orthogonal(tensors: Tensors, name: str, where: str) -> torch.Tensor:
+    """A weight that torch's `orthogonal` parametrises: what is saved is turned into the matrix that is used.
+
+    With its base B the weight is B Q(original), B applied to the longer side; Q is computed by torch itself.
+    """
+    original = take(tensors, f"{name}.parametrizations.weight.original", where)
+    rows, columns = original.shape
+    module = orthogonal(nn.Linear(columns, rows, bias=False), use_trivialization=False)
+    with torch.no_grad():
+        module.get_parameter("parametrizations.weight.original").copy_(original)
+        q = cast(torch.Tensor, module.weight)
+        base = tensors.get(f"{name}.parametrizations.weight.0.base")
+        if base is None:
+            return q
+        return base.float() @ q if rows >= columns else q @ base.float().mT
