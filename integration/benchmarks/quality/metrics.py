@@ -17,10 +17,10 @@ def extract_number(text: str) -> float:
 def extract_letter(text: str) -> str:
     """The choice that a text names.
 
-    LLM-Adapters and the paper take the first of the letters A to E, which is the A of "A: ..." in what is trained
-    here. So the one after "answer is" comes first.
+    LLM-Adapters and the paper take the first of the letters A to E, wherever it stands, which would be the A of the
+    "A: ..." that is trained here. So the one after "answer is" comes first, and letters in words do not count.
     """
-    letters = re.findall(r"answer is:? *\(?([A-E])\b", text) or re.findall("[A-E]", text)
+    letters = re.findall(r"answer is:? *\(?([A-E])\b", text) or re.findall(r"\b[A-E]\b", text)
     return letters[0] if letters else ""
 
 

@@ -1,6 +1,6 @@
 """What is run: the families, tasks and contenders that protocol.yaml describes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,23 @@ class Family:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """One choice, and what it can be.
+
+    Attributes:
+        values (`dict[str, dict]`): by name, the options that it changes.
+        contenders (`list[str]`): what has these options.
+    """
+
+    values: dict[str, dict[str, Any]]
+    contenders: list[str] = field(default_factory=lambda: ["loreft"])
+
+
+@dataclass(frozen=True)
 class Protocol:
     contenders: dict[str, dict[str, Any]]
     families: dict[str, Family]
+    ablations: dict[str, Ablation]
 
 
 def load_protocol(file: Path = FILE) -> Protocol:
@@ -62,4 +76,5 @@ def load_protocol(file: Path = FILE) -> Protocol:
     for name, family in described["families"].items():
         tasks = {key: Task(key, **{"reft": {}} | task) for key, task in family.pop("tasks").items()}
         families[name] = Family(name, tasks=tasks, **family)
-    return Protocol(described["contenders"], families)
+    ablations = {name: Ablation(**ablation) for name, ablation in described["ablations"].items()}
+    return Protocol(described["contenders"], families, ablations)

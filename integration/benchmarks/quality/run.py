@@ -149,16 +149,18 @@ def options_of(contender: dict[str, Any], family: Family, task: Task) -> dict[st
     return family.reft | task.reft | contender if contender["method"] in ("reft", "pyreft") else contender
 
 
-def run_contender(prepared: Prepared, name: str, options: dict[str, Any], seeds: Sequence[int], to: Results) -> None:
-    """Run a contender with each seed, unless it is in the results already."""
+def run_contender(
+    prepared: Prepared, name: str, options: dict[str, Any], seeds: Sequence[int], to: Results, **noted: str
+) -> None:
+    """Run a contender with each seed, unless it is in the results already; what is `noted` goes into the records."""
     setup, training = prepared.setup, prepared.setup.family.training
     trains = options["method"] != "base" or setup.family.scoring == "label"
     grid = training["learning_rates"] if trains else []
     settings = {"contender": options, "training": training, "size": setup.size, "model": Path(setup.model).name}
     rates = grid
     for seed in seeds if trains else seeds[:1]:
-        what = {"family": setup.family.name, "task": prepared.task.name, "name": name, "seed": seed}
-        what["settings"] = settings | {"first_seed": seeds[0]}
+        what: dict[str, Any] = {"family": setup.family.name, "task": prepared.task.name, "name": name, "seed": seed}
+        what |= noted | {"metric": prepared.task.metric, "settings": settings | {"first_seed": seeds[0]}}
         found = to.find(what)
         if found is None:
             began = time.perf_counter()
