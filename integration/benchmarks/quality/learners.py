@@ -83,7 +83,7 @@ def make_base(job: Job) -> Any:
     """The base, frozen but for the head of a classifier, whose last layer the seed draws."""
     if job.scoring != "label":
         base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
-        return base.requires_grad_(False).to(job.device)
+        return base.requires_grad_(False).to(job.device)  # type: ignore[arg-type]
     base = AutoModelForSequenceClassification.from_pretrained(
         job.model, num_labels=job.num_labels, dtype=torch.float32
     )

@@ -39,7 +39,7 @@ def gemma() -> str:
         gguf = assemble(unfinished / "model.gguf", overwrite=True)
         tokenizer = AutoTokenizer.from_pretrained(unfinished, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(unfinished, gguf_file=gguf.name, dtype=torch.float32)
-        model.hf_quantizer = None  # the weights are plain float32 now
+        model.hf_quantizer = None  # type: ignore[assignment]  # the weights are plain float32 now
         del model.config.quantization_config
         tokenizer.save_pretrained(unfinished)
         model.save_pretrained(unfinished)

@@ -181,7 +181,7 @@ def finished(prepared: Prepared, result: dict[str, Any]) -> dict[str, Any]:
     """A record of a result, with the metrics of each test set."""
 
     def decode(ids: list[int]) -> str:
-        return prepared.tokenizer.decode(ids, skip_special_tokens=True)
+        return prepared.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
 
     scoring = prepared.setup.family.scoring
     tests = {}
