@@ -353,7 +353,7 @@ def test_reference_sees_the_same_batches(data, folders):
     python = os.environ.get("REFERENCE_PYTHON")
     if not python:
         pytest.skip("REFERENCE_PYTHON does not name the Python of an environment with pyreft.")
-    for name in ("nlu", "arithmetic"):
+    for name in ("nlu", "arithmetic", "instruction"):  # the last with separate weights
         setup = make_setup(name, data, folders)
         prepared = Prepared(setup, next(iter(setup.family.tasks.values())))
         reference, own = (
