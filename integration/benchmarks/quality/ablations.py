@@ -1,0 +1,61 @@
+"""What to choose: ReFT with one choice varied at a time, on a task of protocol.yaml.
+
+    python integration/benchmarks/quality/ablations.py --data DATA --ablations positions rank --seeds 0 1
+
+The learning rate is chosen anew for each value, as in run.py, whose options these are otherwise; the results say the
+rest. Finished runs are not run again.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quality.protocol import Protocol, load_protocol
+from quality.run import Prepared, Results, Setup, add_place, estimate, options_of, run_contender, setup_of
+
+
+def varied(setup: Setup, changes: dict[str, Any]) -> tuple[Setup, dict[str, Any]]:
+    """A setup with what is changed in the size and in the training, and the other changes: ReFT's options."""
+    size = {key: changes.get(key, value) for key, value in setup.size.items()}
+    training = {key: changes.get(key, value) for key, value in setup.family.training.items()}
+    options = {key: value for key, value in changes.items() if key not in size and key not in training}
+    return replace(setup, family=replace(setup.family, training=training), size=size), options
+
+
+def run_ablation(protocol: Protocol, setup: Setup, task_name: str, name: str, seeds: list[int], to: Results) -> None:
+    """Run one choice with all of its values."""
+    ablation, task = protocol.ablations[name], setup.family.tasks[task_name]
+    for value, changes in ablation.values.items():
+        own, options = varied(setup, changes)
+        prepared = Prepared(own, task)
+        for contender in ablation.contenders:
+            given = options_of(protocol.contenders[contender], own.family, task) | options
+            run_contender(prepared, contender, given, seeds, to, ablation=name, value=value)
+
+
+def main() -> None:
+    protocol = load_protocol()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=protocol.families, default="nlu")
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--data", required=True, help="a folder, or the Hub id of a data set")
+    parser.add_argument("--ablations", nargs="+", choices=protocol.ablations, default=list(protocol.ablations))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("results/ablations.json"))
+    add_place(parser)
+    parser.set_defaults(size="ablation")
+    args = parser.parse_args()
+    setup = setup_of(args, protocol.families[args.family])
+    results = Results(args.out)
+    runs = sum(len(protocol.ablations[name].values) for name in args.ablations)
+    seconds = estimate(Prepared(setup, setup.family.tasks[args.task]), runs, len(args.seeds))
+    print(f"about {seconds / 60:.0f} minutes, if nothing is there yet")
+    for name in args.ablations:
+        run_ablation(protocol, setup, args.task, name, args.seeds, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Rows of the data's files, as prompts and answers. Needs the standard library alone."""
+
+import csv
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .protocol import Family, Task
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row.
+
+    Attributes:
+        prompt, answer (`str`): what the model is given, and what it is to answer; a classifier answers nothing.
+        gold (`int` or `str`): the label; or the number or letter that the answer ends in; or which choice is right.
+        choices (`list[str]`): the answers that the prompt lists, the right one among them.
+    """
+
+    prompt: str
+    answer: str
+    gold: int | str
+    choices: list[str] = field(default_factory=list)
+
+
+def find_data(data: str) -> Path:
+    """A folder, or that of a data set of the Hub with the same files.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if Path(data).is_dir():
+        return Path(data)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(data, repo_type="dataset"))
+    raise FileNotFoundError(f"--data {data}: neither a folder with the data nor the Hub id of a data set.")
+
+
+# Files
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, whatever its format, with the fields that the templates name."""
+    if file.suffix == ".json":
+        return json.loads(file.read_text())
+    if file.suffix == ".jsonl":
+        return [row for line in file.read_text().splitlines() for row in normalize(json.loads(line))]
+    with file.open(newline="") as lines:
+        cells = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    # CoLA has source, label, mark and sentence; SST-2 label and sentence.
+    return [{"sentence": row[-1], "label": int(row[-3] if len(row) == 4 else row[0])} for row in cells]
+
+
+def normalize(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """GSM8K's own format, and that of Alpaca's seed tasks, in the fields of LLM-Adapters."""
+    if "instances" in row:
+        for instance in row["instances"]:
+            yield {"instruction": row["instruction"], "answer": ""} | instance
+    else:
+        worked, _, number = row["answer"].partition("\n#### ")
+        output = f"{re.sub('<<.*?>>', '', worked)} The answer is {number}."
+        yield {"instruction": row["question"], "input": "", "output": output, "answer": number}
+
+
+# Templates
+
+
+def make_example(family: Family, row: dict[str, Any]) -> Example:
+    prompt = family.prompt_with_input if family.prompt_with_input and row["input"] else family.prompt
+    if family.scoring == "label":
+        return Example(prompt.format(**row), "", row["label"])
+    answer = family.answer.format(**row).strip()
+    prompt = prompt.format(**row)
+    if family.scoring != "choice":
+        return Example(prompt, answer, row["answer"])
+    names = choices_in(row["instruction"])
+    choices = [family.answer.format(**row | {"output": f"the correct answer is {name}"}) for name in names]
+    return Example(prompt, answer, choices.index(answer), choices)
+
+
+def choices_in(instruction: str) -> list[str]:
+    """What the instruction says that one can answer: `... Answer format: true/false`."""
+    return instruction.rpartition("Answer format: ")[2].strip().split("/")
+
+
+# Subsets
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of a task, no row in two of the parts.
+
+    Attributes:
+        train, validation (`list[Example]`): from the training files.
+        tests (`dict[str, list[Example]]`): by test set.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    tests: dict[str, list[Example]]
+
+
+class Pool:
+    """The rows of a file in an order that is always the same, to be taken from its beginning."""
+
+    def __init__(self, family: Family, file: Path):
+        self.rows = [make_example(family, row) for row in read_rows(file)]
+        random.Random(0).shuffle(self.rows)
+
+    def take(self, count: int | None) -> list[Example]:
+        taken, self.rows = self.rows[:count], self.rows[len(self.rows) if count is None else count :]
+        return taken
+
+
+def split_task(family: Family, task: Task, folder: Path, size: dict[str, Any]) -> Split:
+    """The examples of a task, as many as the size says: first for the tests, then for validation, then to train on."""
+    pools = {file: Pool(family, folder / file) for file in dict.fromkeys([*task.test.values(), *task.train])}
+    tests = {name: pools[file].take(size["test"]) for name, file in task.test.items()}
+
+    def from_training_files(count: int | None) -> list[Example]:
+        share = None if count is None else count // len(task.train)
+        return [example for file in task.train for example in pools[file].take(share)]
+
+    validation = from_training_files(size["validation"])
+    return Split(from_training_files(size["train"]), validation, tests)

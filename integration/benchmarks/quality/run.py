@@ -1,0 +1,271 @@
+"""ReFT, the reference implementation and LoRA on the paper's tasks, on real models: one family of tasks a command.
+
+    python integration/benchmarks/quality/run.py nlu --data DATA --tasks cola --seeds 0 1 --out results/nlu.json
+    python integration/benchmarks/quality/run.py commonsense --data DATA --reference PYTHON
+
+DATA is a folder (commonsense/, arithmetic/, instruction/, nlu/), or the Hub id of a data set with the same files;
+PYTHON that of an environment with pyreft 0.1.0, pyvene 0.1.8 and transformers 4.57.6, without which the reference is
+left out. What is trained, and how, is in protocol.yaml.
+
+The first seed of a contender is trained with each learning rate of the grid; the other seeds have the one that was
+best on the validation part. A finished run is added to the file, and is not run again. To stop is safe at any time.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quality import train
+from quality.batches import Sample, draw_batches, encode
+from quality.data import Example, find_data, split_task
+from quality.job import Job, run_elsewhere
+from quality.metrics import summarize
+from quality.models import find_model
+from quality.protocol import Family, Protocol, Task, load_protocol
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and on what runs are made.
+
+    Attributes:
+        family (`Family`), size (`dict`): what is run, and on how many rows.
+        data (`Path`), model (`str`): folders.
+        reference (`str`, *optional*): the Python of an environment with pyreft.
+    """
+
+    family: Family
+    size: dict[str, Any]
+    data: Path
+    model: str
+    reference: str | None = None
+    device: str = "cpu"
+    threads: int = 1
+
+
+class Results:
+    """The records of finished runs, in a file that is written anew after each.
+
+    Args:
+        file (`Path`): which may not exist yet.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+
+    def find(self, what: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of a run, if it is finished."""
+        what = json.loads(json.dumps(what))
+        return next((record for record in self.records if what.items() <= record.items()), None)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.records, indent=1))
+        unfinished.replace(self.file)
+
+
+@dataclass
+class Prepared:
+    """A task whose data is tokenized, for all contenders alike.
+
+    Attributes:
+        examples (`Split`): the data as text.
+        train, validation, tests: the data as tokens; what is longer than the protocol's `max_tokens` is left out.
+        dropped (`int`): how many rows that were.
+    """
+
+    setup: Setup
+    task: Task
+    train: list[Sample] = field(init=False)
+    validation: list[Sample] = field(init=False)
+    tests: dict[str, list[Sample]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        setup = self.setup
+        self.tokenizer = AutoTokenizer.from_pretrained(setup.model)
+        self.examples = split_task(setup.family, self.task, setup.data, setup.size)
+        self.dropped = 0
+        self.train, _ = self.encode(self.examples.train)
+        self.validation, _ = self.encode(self.examples.validation)
+        self.gold: dict[str, list[Any]] = {}
+        self.tests = {}
+        for name, examples in self.examples.tests.items():
+            self.tests[name], kept = self.encode(examples)
+            self.gold[name] = [example.gold for example in kept]
+
+    def encode(self, examples: Sequence[Example]) -> tuple[list[Sample], list[Example]]:
+        """The samples of examples that are short enough, and these examples."""
+        samples = [encode(self.tokenizer, example) for example in examples]
+        longest = self.setup.family.training["max_tokens"]
+        kept = [at for at, sample in enumerate(samples) if len(sample.ids) <= longest]
+        self.dropped += len(samples) - len(kept)
+        return [samples[at] for at in kept], [examples[at] for at in kept]
+
+    def job(self, contender: dict[str, Any], seed: int, learning_rates: list[float]) -> Job:
+        """A run of a contender."""
+        setup, training = self.setup, self.setup.family.training
+        return Job(
+            model=setup.model,
+            contender=contender,
+            scoring=setup.family.scoring,
+            metric=self.task.metric,
+            train=self.train,
+            validation=self.validation,
+            tests=self.tests,
+            batches=draw_batches(self.train, training["batch_size"], setup.size["epochs"], seed),
+            learning_rates=learning_rates,
+            warmup_ratio=training["warmup_ratio"],
+            weight_decay=training["weight_decay"],
+            pad=self.tokenizer.pad_token_id,
+            seed=seed,
+            max_new_tokens=training.get("max_new_tokens", 0),
+            device=setup.device,
+            threads=setup.threads,
+        )
+
+    def sized(self) -> dict[str, Any]:
+        """How large the run is: rows, epochs and lengths."""
+        rows = {"train": len(self.train), "validation": len(self.validation)}
+        rows |= {name: len(samples) for name, samples in self.tests.items()}
+        lengths = [len(sample.ids) for sample in self.train]
+        tokens = {"longest": max(lengths), "mean": sum(lengths) / len(lengths)}
+        return {"rows": rows, "dropped": self.dropped, "tokens": tokens, "epochs": self.setup.size["epochs"]}
+
+
+def options_of(contender: dict[str, Any], family: Family, task: Task) -> dict[str, Any]:
+    """A contender with the options that the family and the task have for ReFT; its own come first."""
+    return family.reft | task.reft | contender if contender["method"] in ("reft", "pyreft") else contender
+
+
+def run_contender(
+    prepared: Prepared, name: str, options: dict[str, Any], seeds: Sequence[int], to: Results, **noted: str
+) -> None:
+    """Run a contender with each seed, unless it is in the results already; what is `noted` goes into the records."""
+    setup, training = prepared.setup, prepared.setup.family.training
+    trains = options["method"] != "base" or setup.family.scoring == "label"
+    grid = training["learning_rates"] if trains else []
+    settings = {"contender": options, "training": training, "size": setup.size, "model": Path(setup.model).name}
+    rates = grid
+    for seed in seeds if trains else seeds[:1]:
+        what: dict[str, Any] = {"family": setup.family.name, "task": prepared.task.name, "name": name, "seed": seed}
+        what |= noted | {"metric": prepared.task.metric, "settings": settings | {"first_seed": seeds[0]}}
+        found = to.find(what)
+        if found is None:
+            began = time.perf_counter()
+            result = run_job(setup, prepared.job(options, seed, rates))
+            found = what | finished(prepared, result) | {"seconds": time.perf_counter() - began}
+            to.add(found)
+        print(line_of(found), flush=True)
+        rates = [found["learning_rate"]]
+
+
+def run_job(setup: Setup, job: Job) -> dict[str, Any]:
+    if job.contender["method"] == "pyreft" and setup.reference:
+        return run_elsewhere(setup.reference, job)
+    return train.run(job)
+
+
+def finished(prepared: Prepared, result: dict[str, Any]) -> dict[str, Any]:
+    """A record of a result, with the metrics of each test set."""
+
+    def decode(ids: list[int]) -> str:
+        return prepared.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+
+    scoring = prepared.setup.family.scoring
+    tests = {}
+    for name, outcome in result["tests"].items():
+        gold = [s.label for s in prepared.tests[name]] if scoring == "choice" else prepared.gold[name]
+        tests[name] = summarize(scoring, outcome, gold, decode)
+    return result | {"tests": tests, "sized": prepared.sized()}
+
+
+def line_of(record: dict[str, Any]) -> str:
+    metrics = [
+        f"{test} " + ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        for test, found in record["tests"].items()
+    ]
+    trained = f"lr {record['learning_rate']:g}, {record['trainable_parameters']:,} parameters"
+    took = f"{record.get('seconds_a_step', 0):.2f} s a step, {record['seconds']:.0f} s in all"
+    return f"{record['task']} {record['name']} seed {record['seed']}: {'; '.join(metrics)}. {trained}, {took}"
+
+
+def estimate(prepared: Prepared, contenders: int, seeds: int) -> float:
+    """About how many seconds the runs of a task take, from a forward pass of the base on one batch.
+
+    A step is about three forward passes. Generated tokens are not counted.
+    """
+    job = prepared.job({"method": "base"}, 0, [])
+    torch.set_num_threads(job.threads)
+    learner = train.make_learner(job)
+    middle = sorted(job.train, key=lambda sample: len(sample.ids))[len(job.train) // 2]
+    samples = [middle] * len(job.batches[0])
+    batch = train.collate(samples, job.pad, torch.device(job.device))
+    with torch.no_grad():
+        train.loss_of(learner, job, batch, samples)  # the first is slower
+        began = time.perf_counter()
+        train.loss_of(learner, job, batch, samples)
+        forward = time.perf_counter() - began
+    evaluated = sum(map(len, job.tests.values())) / len(samples)
+    validated = len(job.validation) / len(samples)
+    searches = len(prepared.setup.family.training["learning_rates"])
+    trainings = (searches + seeds - 1) * (3 * len(job.batches) + validated) + seeds * evaluated
+    return forward * contenders * trainings
+
+
+def parse(protocol: Protocol) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=protocol.families)
+    parser.add_argument("--data", required=True, help="a folder, or the Hub id of a data set")
+    parser.add_argument("--out", type=Path, help="default: results/FAMILY.json")
+    parser.add_argument("--tasks", nargs="+", help="default: all of the family")
+    parser.add_argument("--contenders", nargs="+", choices=protocol.contenders, default=list(protocol.contenders))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    add_place(parser)
+    return parser.parse_args()
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The options that say on what runs are made."""
+    parser.add_argument("--model", help="a folder or Hub id; default: the protocol's")
+    parser.add_argument("--size", default="cpu", help="which of the protocol's sizes: cpu (default) or full")
+    parser.add_argument("--reference", metavar="PYTHON", help="of an environment with pyreft")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def setup_of(args: argparse.Namespace, family: Family) -> Setup:
+    model = find_model(args.model or family.model)
+    place = (args.reference, args.device, args.threads)
+    return Setup(family, family.sizes[args.size], find_data(args.data), model, *place)
+
+
+def main() -> None:
+    protocol = load_protocol()
+    args = parse(protocol)
+    family = protocol.families[args.family]
+    setup = setup_of(args, family)
+    results = Results(args.out or Path("results") / f"{family.name}.json")
+    names = [name for name in args.contenders if args.reference or protocol.contenders[name]["method"] != "pyreft"]
+    for task in (family.tasks[name] for name in args.tasks or family.tasks):
+        prepared = Prepared(setup, task)
+        print(f"{task.name}: {json.dumps(prepared.sized())}")
+        print(f"about {estimate(prepared, len(names), len(args.seeds)) / 60:.0f} minutes, if nothing is there yet")
+        for name in names:
+            options = options_of(protocol.contenders[name], family, task)
+            run_contender(prepared, name, options, args.seeds, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The training and the evaluation of one contender, in plain PyTorch: the same loop whatever the library."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from measure import LiveMemory, machine, synchronize
+from torch.nn.functional import cross_entropy
+from transformers import get_linear_schedule_with_warmup
+
+from .batches import Batch, Sample, by_length, collate, collate_prompts, digest
+from .job import Job
+from .learners import Learner, count_trained, make_learner
+from .metrics import HIGHER_IS_BETTER, summarize
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train with each learning rate, and test what is best on the validation part.
+
+    Returns:
+        `dict`: the learning rate, the summaries of all on the validation part, for each test set what the model makes
+        of it, and what training took.
+    """
+    torch.set_num_threads(job.threads)
+    best: tuple[Any, ...] | None = None
+    searched = {}
+    for rate in job.learning_rates or [0.0]:  # 0: nothing to train
+        learner = make_learner(job)
+        trained = train(learner, job, rate) if job.learning_rates else {}
+        outcome = evaluate(learner, job, job.validation, generating=False)
+        labels = [sample.label for sample in job.validation]
+        found = summarize(validated_by(job), outcome, labels)
+        searched[str(rate)] = found
+        rank = ranking(job, found)
+        if best is None or rank > best[0]:
+            best = (rank, rate, learner, trained)
+        del learner
+        gc.collect()
+    assert best is not None
+    _, rate, learner, trained = best
+    tests = {name: evaluate(learner, job, samples, generating=True) for name, samples in job.tests.items()}
+    adapter, head = count_trained(learner)
+    counts = {"trainable_parameters": adapter, "head_parameters": head}
+    return {"learning_rate": rate, "validation": searched, "tests": tests, **counts, **trained, "machine": machine()}
+
+
+def validated_by(job: Job) -> str:
+    """The scoring of the validation part, where nothing is generated."""
+    return "loss" if job.scoring == "number" else job.scoring
+
+
+def ranking(job: Job, found: dict[str, float]) -> tuple[float, ...]:
+    """What is greater for the better of two; the loss decides between equals, and those that diverged are last."""
+    if found["loss"] != found["loss"]:
+        return (-float("inf"),)
+    metric = job.metric if job.metric in found else "loss"
+    return (found[metric] if HIGHER_IS_BETTER[metric] else -found[metric], -found["loss"])
+
+
+# Training
+
+
+def train(learner: Learner, job: Job, rate: float) -> dict[str, Any]:
+    """Train a contender, and tell the seconds a step, the peak memory, the loss and what it has seen."""
+    torch.manual_seed(job.seed)
+    learner.model.train()
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=job.weight_decay)
+    steps = len(job.batches)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(steps * job.warmup_ratio), steps)
+    batches = [[job.train[row] for row in rows] for rows in job.batches]
+    seconds, losses, seen = [], [], []
+    for samples in batches:
+        batch = collate(samples, job.pad, torch.device(job.device))
+        began = time.perf_counter()
+        loss = loss_of(learner, job, batch, samples)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - began)
+        seen.append(batch)
+    largest = max(batches, key=lambda samples: max(len(sample.ids) for sample in samples))
+
+    def step() -> None:
+        loss_of(learner, job, collate(largest, job.pad, torch.device(job.device)), largest).backward()
+        optimizer.zero_grad()
+
+    return {
+        "steps": steps,
+        "seconds_a_step": median(seconds),
+        "peak_memory": peak_memory(step),
+        "training_loss": sum(losses[-10:]) / len(losses[-10:]),
+        "batches": digest(seen),
+    }
+
+
+def loss_of(learner: Learner, job: Job, batch: Batch, samples: Sequence[Sample]) -> torch.Tensor:
+    if job.scoring == "label":
+        labels = torch.tensor([sample.label for sample in samples], device=job.device)
+        return cross_entropy(learner.labels(batch), labels)
+    return cross_entropy(learner.answers(batch), batch.targets())
+
+
+def peak_memory(step: Callable[[], None]) -> int:
+    """The bytes that a step needs at most, beside the weights and what was there before."""
+    if not torch.cuda.is_available():
+        with LiveMemory() as memory:
+            step()
+        return memory.peak
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, job: Job, samples: Sequence[Sample], generating: bool) -> dict[str, Any]:
+    """What a contender makes of samples.
+
+    Returns:
+        `dict`: the loss, and by sample, where the scoring is about them: `"predicted"` (the likeliest label or
+        choice), `"exact"` (whether greedy decoding gives the answer, token by token), `"generated"` (tokens).
+    """
+    learner.model.eval()
+    rows = [row for batch in by_length(samples, job.evaluation_batch_size) for row in batch]
+    batches = [[samples[row] for row in batch] for batch in by_length(samples, job.evaluation_batch_size)]
+    found: dict[str, list[Any]] = {"loss": [], "predicted": [], "exact": [], "generated": []}
+    for chosen in batches:
+        if job.scoring == "number" and generating:
+            found["generated"] += generate(learner, job, chosen)
+        elif job.scoring == "label":
+            logits = learner.labels(collate(chosen, job.pad, torch.device(job.device)))
+            labels = torch.tensor([sample.label for sample in chosen], device=logits.device)
+            found["loss"] += cross_entropy(logits, labels, reduction="none").tolist()
+            found["predicted"] += logits.argmax(-1).tolist()
+        else:
+            for sample, logits in zip(chosen, answers(learner, job, chosen), strict=True):
+                targets = torch.tensor(sample.ids[sample.prompt :], device=logits.device)
+                found["loss"] += cross_entropy(logits, targets, reduction="none").tolist()
+                found["exact"].append(bool((logits.argmax(-1) == targets).all()))
+                if sample.rivals:
+                    found["predicted"].append(int(logits[sample.fork, sample.rivals].argmax()))
+    back = sorted(range(len(rows)), key=rows.__getitem__)
+    own = {name: [values[at] for at in back] for name, values in found.items() if name != "loss" and values}
+    return own | ({"loss": sum(found["loss"]) / len(found["loss"])} if found["loss"] else {})
+
+
+def answers(learner: Learner, job: Job, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
+    """For each sample the logits at its answer, given the right tokens before, [answer tokens, vocabulary]."""
+    logits = learner.answers(collate(samples, job.pad, torch.device(job.device)))
+    yield from logits.split([len(sample.ids) - sample.prompt for sample in samples])
+
+
+def generate(learner: Learner, job: Job, samples: Sequence[Sample]) -> list[list[int]]:
+    """What greedy decoding gives for each prompt."""
+    batch = collate_prompts(samples, job.pad, torch.device(job.device))
+    options = {"do_sample": False, "max_new_tokens": job.max_new_tokens, "pad_token_id": job.pad}
+    return learner.generate(batch, **options).tolist()
