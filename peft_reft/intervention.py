@@ -18,6 +18,11 @@ from .orthogonal import orthonormal_rows
 Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 
+# Of the rows of R that are drawn. The paper's learning rates are those of Householder reflections (torch's `orthogonal`),
+# which turn by twice the angle of their vectors: so do shorter rows. docs/results.md has the losses.
+LENGTH = 0.5
+
+
 class Unit(Protocol):
     """What edits hidden states: an `Intervention`, or those of the adapters of a mixed batch."""
 
@@ -84,7 +89,7 @@ class Intervention(nn.Module):
         if self.b.is_meta:  # there is nothing to draw, only work that is done for it
             return
         if self.variant.orthonormal:
-            nn.init.orthogonal_(self.R)
+            nn.init.orthogonal_(self.R, gain=LENGTH)
         else:
             nn.init.kaiming_uniform_(self.R, a=math.sqrt(5))  # as nn.Linear
         bound = 1 / math.sqrt(self.R.shape[1])

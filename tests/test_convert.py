@@ -87,7 +87,7 @@ def converted(source, base, convert=convert_pyreft, **options) -> tuple[PeftConf
 
 def assert_unit(tensors, where: str, unit) -> None:
     """That a LoReFT of pyreft is what is saved for `layer.unit`."""
-    for name, expected in {"R": unit["rotate_layer"].mT, "W": unit["weight"], "b": unit["bias"]}.items():
+    for name, expected in {"R": 0.5 * unit["rotate_layer"].mT, "W": unit["weight"], "b": unit["bias"]}.items():
         torch.testing.assert_close(tensors[f"{where}.{name}"], expected.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -398,7 +398,8 @@ def save_adapters(folder: Path, modules: str = "model.layers.{}", units: int = 2
                 original.data += 0.1 * torch.randn(R, D).triu(1)  # trained
             prefix = f"{modules.format(layer)}.reft_layer.refts.name.units.{unit}."
             written |= {prefix + name: tensor for name, tensor in layers.state_dict().items()}
-            used[f"{layer}.{unit}.R"] = layers["projection"].weight.detach()
+            length = 0.5 if config["orthogonality"] else 1
+            used[f"{layer}.{unit}.R"] = length * layers["projection"].weight.detach()
             used[f"{layer}.{unit}.W"] = layers["learned_source"].weight.detach()
             used[f"{layer}.{unit}.b"] = layers["learned_source"].bias.detach()
     torch.save(written, folder / "pytorch_adapter.bin")

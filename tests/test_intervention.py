@@ -70,16 +70,16 @@ def test_zero_edit_at_the_start(variant):
 def test_loreft_starts_at_the_projection():
     unit = make("loreft", init_weights=True)
     assert torch.equal(unit.W, unit.projection()) and not unit.b.any()
-    torch.testing.assert_close(unit.R @ unit.R.T, torch.eye(R), atol=1e-6, rtol=0)
+    torch.testing.assert_close(unit.R @ unit.R.T, 0.25 * torch.eye(R), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reference_draws(variant):
-    """As nn.Linear and nn.init.orthogonal_ draw, which is what pyreft calls."""
+    """As nn.Linear and nn.init.orthogonal_ draw, which is what pyreft calls, but for the length."""
     unit = make(variant, init_weights="reference")
     bound = D**-0.5
     if variant in ORTHONORMAL:
-        torch.testing.assert_close(unit.R @ unit.R.T, torch.eye(R), atol=1e-6, rtol=0)
+        torch.testing.assert_close(unit.R @ unit.R.T, 0.25 * torch.eye(R), atol=1e-6, rtol=0)
     else:
         assert unit.R.abs().max() <= bound
     if unit.W is not None:

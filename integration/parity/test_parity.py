@@ -5,8 +5,8 @@
 - first or last tokens are cut to half the prompt where both are edited. pyreft cuts them where one end alone is, too;
   adapters never cuts them;
 - LoReFT's rotation is trained by another parametrisation (torch's Householder reflections there), so that the losses
-  part after the first step. What does not depend on it is the same: the first loss, the losses where R is kept, the
-  outputs with what was trained.
+  part after the first step, if not far. What does not depend on it is the same: the first loss, the losses where R is
+  kept, the outputs with what was trained.
 """
 
 import json
@@ -137,8 +137,8 @@ def test_losses(case, tmp_path):
     assert expected[-1] < 0.7 * expected[0]
     assert losses[-1] < 0.7 * losses[0]
     assert difference[:same].max() < 1e-4
-    if same == 1:
-        assert difference.max() > 1e-4  # another parametrisation
+    if same == 1:  # another parametrisation, which turns as far in a step
+        assert 1e-4 < difference[5:].max() < 0.1
 
 
 def test_size():

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from ..config import VARIANTS, ReftConfig
+from ..intervention import LENGTH
 from ..layer import LAYER
 from ..model import PEFT_PREFIX, check_checkpoint, needed_tensors
 from ..orthogonal import orthonormal_rows
@@ -172,7 +173,10 @@ def state_of(units: dict[str, dict[str, Tensors]], edits: Edits) -> Iterator[tup
     """The tensors of the adapter by their keys in the state dict of a `PeftModel`."""
     for module, found in units.items():
         for unit, tensors in found.items():
-            for name, tensor in with_orthonormal_rows(tensors, edits.intervention, edits.act_fn).items():
+            saved = with_orthonormal_rows(tensors, edits.intervention, edits.act_fn)
+            if VARIANTS[edits.intervention].orthonormal:
+                saved["R"] = LENGTH * saved["R"]  # as new ones are drawn: it trains on as it did
+            for name, tensor in saved.items():
                 yield f"{PEFT_PREFIX}{module}.{LAYER}.reft_{unit}.default.{name}", tensor.contiguous()
     for key, tensor in edits.head.items():
         module, _, name = key.partition(".")
