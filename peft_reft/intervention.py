@@ -18,8 +18,8 @@ from .orthogonal import orthonormal_rows
 Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 
-# Of the rows of R that are drawn. The paper's learning rates are those of Householder reflections (torch's `orthogonal`),
-# which turn by twice the angle of their vectors: so do shorter rows. docs/results.md has the losses.
+# Of the rows of R that are drawn. The paper's learning rates are for Householder reflections (torch's `orthogonal`),
+# which turn by twice the angle of their vectors; shorter rows turn as far. docs/results.md has the losses.
 LENGTH = 0.5
 
 
