@@ -125,7 +125,8 @@ GRAM_SCHMIDT = {
 }
 FUNCTIONS = GRAM_SCHMIDT | {"Newton-Schulz": newton_schulz, "polar by eigh": PolarByEigh.apply}
 PARAMETRIZATIONS = {"Cayley (torch)": "cayley", "Householder parametrization (torch, pyreft)": "householder"}
-TRAINED = ["Householder QR", "Cholesky-QR in float64, shifted", "polar by eigh"]
+WHOLE = ", rows of length 1"  # not LENGTH, as they are drawn
+TRAINED = ["Householder QR", CHOSEN := "Cholesky-QR in float64, shifted", CHOSEN + WHOLE, "polar by eigh"]
 
 
 def random_rows(*shape):
@@ -267,11 +268,14 @@ def train(folder, name, rate, seed, steps, tokens):
     batch_of = lambda rows: {"input_ids": rows, "labels": rows.index_fill(1, torch.arange(PROMPT), -100)}  # noqa: E731
     held_out, rows = tokens[:64], tokens[64:]
     with contextlib.ExitStack() as stack:
+        if name in PARAMETRIZATIONS or name.endswith(WHOLE):
+            for unit in interventions(model):
+                unit.R.data /= intervention.LENGTH
         if name in PARAMETRIZATIONS:
             with torch.random.fork_rng(devices=[]):  # it draws the rest of a basis; the data stay in the same order
                 for unit in interventions(model):
                     parametrizations.orthogonal(unit, "R", PARAMETRIZATIONS[name])
-        function = FUNCTIONS.get(name, lambda rows: rows)
+        function = FUNCTIONS.get(name.removesuffix(WHOLE), lambda rows: rows)
         stack.enter_context(mock.patch.object(intervention, "orthonormal_rows", function))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
