@@ -425,7 +425,7 @@ def test_delete_adapter(ids):
 def test_adapter_that_is_loaded_is_not_initialised(saved, ids, monkeypatch):
     path, expected = saved
     drawn, draw = [], nn.init.orthogonal_
-    monkeypatch.setattr(nn.init, "orthogonal_", lambda tensor: drawn.append(tensor) or draw(tensor))
+    monkeypatch.setattr(nn.init, "orthogonal_", lambda tensor, gain=1: drawn.append(tensor) or draw(tensor, gain))
     model, state = get_peft_model(base_of(path), config()), torch.get_rng_state()
     assert len(drawn) == 6
     model.load_adapter(path / "adapter", adapter_name="loaded")
