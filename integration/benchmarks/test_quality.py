@@ -10,7 +10,7 @@ import pytest
 import torch
 from quality import ablations, render, train
 from quality.batches import Sample, by_length, collate, collate_prompts, draw_batches, encode
-from quality.data import Example, find_data, make_example, read_rows, split_task
+from quality.data import Example, find_folder, make_example, read_rows, split_task
 from quality.job import run_elsewhere
 from quality.learners import at_positions, count_trained, make_learner
 from quality.metrics import extract_letter, extract_number, is_right, matthews
@@ -335,7 +335,7 @@ def test_page_keeps_what_is_written_by_hand(tmp_path):
 
 def test_data_that_is_not_there():
     with pytest.raises(FileNotFoundError, match="neither a folder"):
-        find_data("no/such/folder")
+        find_folder("no/such/folder", "dataset")
 
 
 def test_real_data():

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def save_adapter(edits: Edits, base_model: str, destination: str | Path, task_ty
     model, task_type = make_base(base_model, task_type)
     blocks = find_blocks(model, None)
     units = {find_module(model, blocks, module): found for module, found in edits.units.items()}
-    edits.head = head_of(edits, model) if head else {}
+    edits = replace(edits, head=head_of(edits, model) if head else {})
     if task_type in WITH_A_HEAD and not edits.head:
         warnings.warn("No trained head is converted: the adapter uses that of the base model.", stacklevel=3)
         task_type = None  # or PEFT would save one

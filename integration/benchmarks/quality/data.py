@@ -28,19 +28,23 @@ class Example:
     choices: list[str] = field(default_factory=list)
 
 
-def find_data(data: str) -> Path:
-    """A folder, or that of a data set of the Hub with the same files.
+def find_folder(name: str, kind: str) -> Path:
+    """A folder, or that of a repository of the Hub with the same files.
+
+    Args:
+        name (`str`): the folder, or the repository's id.
+        kind (`str`): `"model"` or `"dataset"`.
 
     Raises:
         FileNotFoundError: if it is neither.
     """
-    if Path(data).is_dir():
-        return Path(data)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", data):
+    if Path(name).is_dir():
+        return Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(data, repo_type="dataset"))
-    raise FileNotFoundError(f"--data {data}: neither a folder with the data nor the Hub id of a data set.")
+        return Path(snapshot_download(name, repo_type=kind))
+    raise FileNotFoundError(f"{name}: neither a folder with a {kind} nor the Hub id of one.")
 
 
 # Files

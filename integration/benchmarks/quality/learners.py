@@ -29,6 +29,10 @@ class Learner:
     def __init__(self, base: Any):
         self.base = self.model = base
 
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the model's forward is told of prompts with answers."""
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
     def labels(self, batch: Batch) -> torch.Tensor:
         """A classifier's logits, [batch, labels]."""
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -36,7 +40,7 @@ class Learner:
     def answers(self, batch: Batch) -> torch.Tensor:
         """The logits of the tokens of all answers, [answer tokens, vocabulary]."""
         with at_positions(self.base, batch.answer):
-            return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return self.model(**self.inputs(batch), use_cache=False).logits
 
     def generate(self, batch: Batch, **options: Any) -> torch.Tensor:
         """What follows each prompt, [batch, new tokens]."""
@@ -69,14 +73,8 @@ class WithPeft(Learner):
 class WithReft(WithPeft):
     """ReFT by this package, which is told where the prompts end."""
 
-    def answers(self, batch: Batch) -> torch.Tensor:
-        with at_positions(self.base, batch.answer):
-            return self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                prompt_lengths=batch.prompt_lengths,
-                use_cache=False,
-            ).logits
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return super().inputs(batch) | {"prompt_lengths": batch.prompt_lengths}
 
 
 def make_base(job: Job) -> Any:

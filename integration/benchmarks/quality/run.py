@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality import train
 from quality.batches import Sample, draw_batches, encode
-from quality.data import Example, find_data, split_task
+from quality.data import Example, find_folder, split_task
 from quality.job import Job, run_elsewhere
 from quality.metrics import summarize
 from quality.models import find_model
@@ -248,7 +248,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 def setup_of(args: argparse.Namespace, family: Family) -> Setup:
     model = find_model(args.model or family.model)
     place = (args.reference, args.device, args.threads)
-    return Setup(family, family.sizes[args.size], find_data(args.data), model, *place)
+    return Setup(family, family.sizes[args.size], find_folder(args.data, "dataset"), model, *place)
 
 
 def main() -> None:

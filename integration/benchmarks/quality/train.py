@@ -2,12 +2,12 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from measure import LiveMemory, machine, synchronize
+from measure import machine, peak_memory
 from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
@@ -41,6 +41,8 @@ def run(job: Job) -> dict[str, Any]:
         gc.collect()
     assert best is not None
     _, rate, learner, trained = best
+    if trained:
+        trained["peak_memory"] = peak_memory(lambda: largest_step(learner, job))
     tests = {name: evaluate(learner, job, samples, generating=True) for name, samples in job.tests.items()}
     adapter, head = count_trained(learner)
     counts = {"trainable_parameters": adapter, "head_parameters": head}
@@ -64,16 +66,16 @@ def ranking(job: Job, found: dict[str, float]) -> tuple[float, ...]:
 
 
 def train(learner: Learner, job: Job, rate: float) -> dict[str, Any]:
-    """Train a contender, and tell the seconds a step, the peak memory, the loss and what it has seen."""
+    """Train a contender, and tell the seconds a step, the loss and what it has seen."""
     torch.manual_seed(job.seed)
     learner.model.train()
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=job.weight_decay)
     steps = len(job.batches)
     schedule = get_linear_schedule_with_warmup(optimizer, round(steps * job.warmup_ratio), steps)
-    batches = [[job.train[row] for row in rows] for rows in job.batches]
     seconds, losses, seen = [], [], []
-    for samples in batches:
+    for rows in job.batches:
+        samples = [job.train[row] for row in rows]
         batch = collate(samples, job.pad, torch.device(job.device))
         began = time.perf_counter()
         loss = loss_of(learner, job, batch, samples)
@@ -85,16 +87,9 @@ def train(learner: Learner, job: Job, rate: float) -> dict[str, Any]:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
         seen.append(batch)
-    largest = max(batches, key=lambda samples: max(len(sample.ids) for sample in samples))
-
-    def step() -> None:
-        loss_of(learner, job, collate(largest, job.pad, torch.device(job.device)), largest).backward()
-        optimizer.zero_grad()
-
     return {
         "steps": steps,
         "seconds_a_step": median(seconds),
-        "peak_memory": peak_memory(step),
         "training_loss": sum(losses[-10:]) / len(losses[-10:]),
         "batches": digest(seen),
     }
@@ -107,18 +102,13 @@ def loss_of(learner: Learner, job: Job, batch: Batch, samples: Sequence[Sample])
     return cross_entropy(learner.answers(batch), batch.targets())
 
 
-def peak_memory(step: Callable[[], None]) -> int:
-    """The bytes that a step needs at most, beside the weights and what was there before."""
-    if not torch.cuda.is_available():
-        with LiveMemory() as memory:
-            step()
-        return memory.peak
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def largest_step(learner: Learner, job: Job) -> None:
+    """Forward and backward of the batch with the longest row."""
+    learner.model.train()
+    batches = ([job.train[row] for row in rows] for rows in job.batches)
+    samples = max(batches, key=lambda samples: max(len(sample.ids) for sample in samples))
+    loss_of(learner, job, collate(samples, job.pad, torch.device(job.device)), samples).backward()
+    learner.model.zero_grad()
 
 
 # Evaluation
@@ -133,10 +123,11 @@ def evaluate(learner: Learner, job: Job, samples: Sequence[Sample], generating: 
         choice), `"exact"` (whether greedy decoding gives the answer, token by token), `"generated"` (tokens).
     """
     learner.model.eval()
-    rows = [row for batch in by_length(samples, job.evaluation_batch_size) for row in batch]
-    batches = [[samples[row] for row in batch] for batch in by_length(samples, job.evaluation_batch_size)]
+    batches = by_length(samples, job.evaluation_batch_size)
+    rows = [row for batch in batches for row in batch]
     found: dict[str, list[Any]] = {"loss": [], "predicted": [], "exact": [], "generated": []}
-    for chosen in batches:
+    for batch in batches:
+        chosen = [samples[row] for row in batch]
         if job.scoring == "number" and generating:
             found["generated"] += generate(learner, job, chosen)
         elif job.scoring == "label":
