@@ -363,3 +363,16 @@ def test_reference_sees_the_same_batches(data, folders):
         found, expected = run_elsewhere(python, reference), train.run(own)
         for key in ("batches", "trainable_parameters", "head_parameters", "steps"):
             assert found[key] == expected[key]
+
+
+def test_reference_is_evaluated_without_dropout(data, folders):
+    python = os.environ.get("REFERENCE_PYTHON")
+    if not python:
+        pytest.skip("REFERENCE_PYTHON does not name the Python of an environment with pyreft.")
+    setup = make_setup("nlu", data, folders)
+    prepared = Prepared(setup, next(iter(setup.family.tasks.values())))
+    options = options_of(PROTOCOL.contenders["loreft-pyreft"], setup.family, prepared.task) | {"dropout": 0.9}
+    job = prepared.job(options, 0, [1e-1])
+    [samples] = job.tests.values()
+    found = run_elsewhere(python, replace(job, tests={"once": samples, "again": samples}))
+    assert found["tests"]["once"] == found["tests"]["again"]

@@ -29,6 +29,10 @@ class Learner:
     def __init__(self, base: Any):
         self.base = self.model = base
 
+    def train(self, mode: bool) -> None:
+        """Switch all that computes between training and evaluation."""
+        self.model.train(mode)
+
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the model's forward is told of prompts with answers."""
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -42,6 +42,10 @@ class WithPyreft(Learner):
         for parameter in head:
             parameter.requires_grad_(True)
 
+    def train(self, mode: bool) -> None:
+        super().train(mode)
+        self.model.interventions.train(mode)  # pyvene switches the base alone, and their dropout would stay
+
     def located(self, batch: Batch, on_the_left: bool = False) -> tuple[Batch, dict[str, Any]]:
         """The batch and where to edit it.
 

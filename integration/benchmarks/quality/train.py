@@ -68,7 +68,7 @@ def ranking(job: Job, found: dict[str, float]) -> tuple[float, ...]:
 def train(learner: Learner, job: Job, rate: float) -> dict[str, Any]:
     """Train a contender, and tell the seconds a step, the loss and what it has seen."""
     torch.manual_seed(job.seed)
-    learner.model.train()
+    learner.train(True)
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=job.weight_decay)
     steps = len(job.batches)
@@ -104,7 +104,7 @@ def loss_of(learner: Learner, job: Job, batch: Batch, samples: Sequence[Sample])
 
 def largest_step(learner: Learner, job: Job) -> None:
     """Forward and backward of the batch with the longest row."""
-    learner.model.train()
+    learner.train(True)
     batches = ([job.train[row] for row in rows] for rows in job.batches)
     samples = max(batches, key=lambda samples: max(len(sample.ids) for sample in samples))
     loss_of(learner, job, collate(samples, job.pad, torch.device(job.device)), samples).backward()
@@ -122,7 +122,7 @@ def evaluate(learner: Learner, job: Job, samples: Sequence[Sample], generating: 
         `dict`: the loss, and by sample, where the scoring is about them: `"predicted"` (the likeliest label or
         choice), `"exact"` (whether greedy decoding gives the answer, token by token), `"generated"` (tokens).
     """
-    learner.model.eval()
+    learner.train(False)
     batches = by_length(samples, job.evaluation_batch_size)
     rows = [row for batch in batches for row in batch]
     found: dict[str, list[Any]] = {"loss": [], "predicted": [], "exact": [], "generated": []}
