@@ -1,8 +1,10 @@
 """The quality benchmark runs, and its templates, answers, metrics and batches are right. How good anything is, is not
 tested: tiny models with random weights, and a few rows in the files' own formats."""
 
+import itertools
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from quality import ablations, render, train
 from quality.batches import Sample, by_length, collate, collate_prompts, draw_batches, encode
-from quality.data import Example, find_folder, make_example, read_rows, split_task
+from quality.data import Example, find_folder, make_example, question, read_rows, split_task
 from quality.job import run_elsewhere
 from quality.learners import at_positions, count_trained, make_learner
 from quality.metrics import extract_letter, extract_number, is_right, matthews
@@ -31,9 +33,12 @@ CHOICE = {"instruction": "Is it ?\n\nAnswer format: true/false", "input": "", "a
 
 
 def rows_of(file: str) -> str:
+    """Forty rows; each of a training file asks something else, and none what those of another file ask."""
+    trained = "train" in file
     if file.endswith("tsv"):
         cells = "gj04\t{0}\t\tword{1} it" if "cola" in file else "{0}\tword{1} it is"
-        return "\n".join(cells.format(row % 2, row % 5) for row in range(40)) + "\n"
+        cells += " {2}" if trained else ""
+        return "\n".join(cells.format(row % 2, row % 5, row) for row in range(40)) + "\n"
     if "seed" in file:
         rows = [
             {"instruction": f"say {i}", "instances": [{"input": "it" * (i % 2), "output": f"it is {i}"}]}
@@ -44,11 +49,19 @@ def rows_of(file: str) -> str:
     elif "arithmetic" in file:
         answers = ["B" if "AQuA" in file else f"{i}.0" for i in range(40)]
         rows = [
-            {"instruction": f"{i} and 0 ?", "input": "", "output": f"\nA: The answer is {answer} .", "answer": answer}
+            {
+                "instruction": f"{i} and {2 * trained} ?",
+                "input": "",
+                "output": f"\nA: The answer is {answer} .",
+                "answer": answer,
+            }
             for i, answer in enumerate(answers)
         ]
     else:
-        rows = [CHOICE | {"output": f"the correct answer is {a}", "answer": a} for a in ("true", "false") * 20]
+        answers = [("true", "false")[i % 2] for i in range(40)]
+        rows = [CHOICE | {"output": f"the correct answer is {a}", "answer": a} for a in answers]
+        for i, row in enumerate(rows if trained else []):
+            row["instruction"] = f"{file} {i} {row['instruction']}"
     return "\n".join(map(json.dumps, rows)) if file.endswith("jsonl") else json.dumps(rows)
 
 
@@ -192,6 +205,21 @@ def test_parts_share_no_row(data):
     parts = [split.train, split.validation, split.tests["seed-tasks"]]
     assert [len(part) for part in parts] == [12, 6, 4]
     assert len({example.prompt for part in parts for example in part}) == 22
+
+
+def test_questions_of_test_files_are_not_trained_on(data, tmp_path):
+    """Whether or not the row is among those that are drawn to test with; nor those of the validation part."""
+    family = PROTOCOL.families["arithmetic"]
+    task = family.tasks["arithmetic"]
+    shutil.copytree(data / "arithmetic", tmp_path / "arithmetic")
+    file = tmp_path / task.train[0]
+    rows = json.loads(file.read_text())
+    asked = [{**rows[0], "instruction": f" {i}  AND 0?"} for i in range(40)]  # what all test files ask
+    file.write_text(json.dumps([*rows, *asked, *rows]))
+    split = split_task(family, task, tmp_path, SIZE)
+    assert all("and 0" not in example.prompt.lower() for example in [*split.train, *split.validation])
+    assert not {e.prompt for e in split.train} & {e.prompt for e in split.validation}
+    assert split.held_out == 40 + len({e.prompt for e in split.validation if "and 2" in e.prompt})
 
 
 # Runs
@@ -343,9 +371,11 @@ def test_real_data():
         pytest.skip(f"The real data is not at {REAL_DATA}.")
     for family in PROTOCOL.families.values():
         for task in family.tasks.values():
-            split = split_task(family, task, REAL_DATA, family.sizes["cpu"])
-            for examples in (split.train, split.validation, *split.tests.values()):
-                assert examples
+            for size in ("cpu", "full"):
+                split = split_task(family, task, REAL_DATA, family.sizes[size])
+                tested = [example for examples in split.tests.values() for example in examples]
+                parts = [{question(example) for example in part} for part in (split.train, split.validation, tested)]
+                assert all(parts) and all(not a & b for a, b in itertools.combinations(parts, 2))
 
 
 def test_reference_sees_the_same_batches(data, folders):

@@ -99,16 +99,23 @@ def choices_in(instruction: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of a task, no row in two of the parts.
+    """The examples of a task, no row in two of the parts, and no question of a test file in the others.
 
     Attributes:
         train, validation (`list[Example]`): from the training files.
         tests (`dict[str, list[Example]]`): by test set.
+        held_out (`int`): rows of the training files that are left out, since a test file asks the same.
     """
 
     train: list[Example]
     validation: list[Example]
     tests: dict[str, list[Example]]
+    held_out: int
+
+
+def question(example: Example) -> str:
+    """What tells whether two rows ask the same: their words, whatever stands between them."""
+    return " ".join(re.findall(r"\w+", example.prompt.lower()))
 
 
 class Pool:
@@ -122,15 +129,25 @@ class Pool:
         taken, self.rows = self.rows[:count], self.rows[len(self.rows) if count is None else count :]
         return taken
 
+    def hold_out(self, questions: set[str]) -> int:
+        """Leave out the rows that ask one of these questions, and tell how many they are."""
+        before = len(self.rows)
+        self.rows = [row for row in self.rows if question(row) not in questions]
+        return before - len(self.rows)
+
 
 def split_task(family: Family, task: Task, folder: Path, size: dict[str, Any]) -> Split:
     """The examples of a task, as many as the size says: first for the tests, then for validation, then to train on."""
     pools = {file: Pool(family, folder / file) for file in dict.fromkeys([*task.test.values(), *task.train])}
+    asked = {question(row) for file in task.test.values() if file not in task.train for row in pools[file].rows}
     tests = {name: pools[file].take(size["test"]) for name, file in task.test.items()}
+    asked |= {question(row) for rows in tests.values() for row in rows}
+    held_out = sum(pools[file].hold_out(asked) for file in task.train)
 
     def from_training_files(count: int | None) -> list[Example]:
         share = None if count is None else count // len(task.train)
         return [example for file in task.train for example in pools[file].take(share)]
 
     validation = from_training_files(size["validation"])
-    return Split(from_training_files(size["train"]), validation, tests)
+    held_out += sum(pools[file].hold_out({question(row) for row in validation}) for file in task.train)
+    return Split(from_training_files(size["train"]), validation, tests, held_out)

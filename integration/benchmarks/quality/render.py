@@ -100,8 +100,9 @@ def sized(record: Record) -> str:
     training = settings["training"]
     rates = ", ".join(f"{rate:g}" for rate in training["learning_rates"])
     head = f" All contenders train the head's {record['head_parameters']:,} parameters besides."
+    left_out = f"{found['dropped']} left out for their length, {found['held_out']:,} since they are held out elsewhere"
     return (
-        f"{settings['model']}. Rows: {rows} ({found['dropped']} left out for their length). {lengths}. "
+        f"{settings['model']}. Rows: {rows} ({left_out}). {lengths}. "
         f"{found['epochs']} epochs, batches of {training['batch_size']}, learning rates {rates}. "
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, torch {machine['torch']}."
         + (head if record["head_parameters"] else "")

@@ -141,7 +141,13 @@ class Prepared:
         rows |= {name: len(samples) for name, samples in self.tests.items()}
         lengths = [len(sample.ids) for sample in self.train]
         tokens = {"longest": max(lengths), "mean": sum(lengths) / len(lengths)}
-        return {"rows": rows, "dropped": self.dropped, "tokens": tokens, "epochs": self.setup.size["epochs"]}
+        return {
+            "rows": rows,
+            "dropped": self.dropped,
+            "held_out": self.examples.held_out,
+            "tokens": tokens,
+            "epochs": self.setup.size["epochs"],
+        }
 
 
 def options_of(contender: dict[str, Any], family: Family, task: Task) -> dict[str, Any]:
