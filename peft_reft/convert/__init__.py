@@ -32,7 +32,8 @@ def convert_pyreft(
         base_model (`str`): the base model, a folder or an id on the Hub. Only its config is read.
         positions (`str`): as in `ReftConfig`; pyreft does not save them.
         share_weights (`bool`, *optional*): whether first and last tokens were edited by the same weights. None for
-            what the number of interventions of each module tells.
+            what the number of interventions of each module tells, which is otherwise checked; no matter where one end
+            alone is edited.
         first_unit (`str`, *optional*): `"prefix"` or `"suffix"`, what the first of a module's two interventions edits.
             None where their order is that of pyreft's `get_intervention_locations`: all for prefixes come first.
         act_fn (`str`, *optional*): as in `ReftConfig`; pyreft does not save it.

@@ -17,7 +17,8 @@ class Task:
         name (`str`): as the command line and the results call it.
         train (`list[str]`): the files that the training and the validation rows come from, in equal parts.
         test (`dict[str, str]`): the file of each test set. One that is trained on, too, gives each row to one of them.
-        metric (`str`): what is reported, and what the learning rate is chosen by: see metrics.py.
+        metric (`str`): what is reported, and what the learning rate is chosen by where nothing is generated (else
+            the loss is): see metrics.py.
         reft (`dict`): what ReFT has on this task alone, beside what it has in the family.
     """
 
