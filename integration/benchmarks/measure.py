@@ -170,12 +170,12 @@ def count(contender: Contender) -> dict[str, Any]:
     return counts | {"launches": sum(launches)}
 
 
-def peak_memory(run: Callable[[], Any]) -> int:
+def peak_memory(run: Callable[[], Any], device: str | None = None) -> int:
     """The bytes that live at most of what a run has made; weights, inputs and what was there before are not counted.
 
-    On a GPU it is what the allocator reports.
+    On a GPU, which is meant where there is one and no `device` is named, it is what the allocator reports.
     """
-    if not torch.cuda.is_available():
+    if not (torch.device(device).type == "cuda" if device else torch.cuda.is_available()):
         with LiveMemory() as memory:
             run()
         return memory.peak

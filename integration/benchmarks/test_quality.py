@@ -108,7 +108,7 @@ def make_setup(name: str, data: Path, folders: dict[str, str], **training) -> Se
     if "max_new_tokens" in sized:
         sized["max_new_tokens"] = 2
     reft = family.reft | ({"layers_to_transform": [-1]} if family.reft["layers_to_transform"] else {})
-    return Setup(replace(family, training=sized, reft=reft), SIZE, data, folders[family.model])
+    return Setup(replace(family, training=sized, reft=reft), SIZE, data, folders[family.model], family.model)
 
 
 # Templates, answers, metrics

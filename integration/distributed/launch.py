@@ -85,7 +85,7 @@ def start(config: str, script: Path, *arguments, options=(), processes: int = 2,
     command += [*ON_CPUS.get(config, []), *options, script, *arguments]
     paths = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    settings |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    settings |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
     with log.open("w") as stream:
         return subprocess.Popen(
             [*map(str, command)],

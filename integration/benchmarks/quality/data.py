@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .metrics import is_right
 from .protocol import Family, Task
 
 
@@ -105,12 +106,15 @@ class Split:
         train, validation (`list[Example]`): from the training files.
         tests (`dict[str, list[Example]]`): by test set.
         held_out (`int`): rows of the training files that are left out, since a test file asks the same.
+        contradictory (`int`): rows of the training files that are left out, since their answer is not what they work
+            out: one in four of math_data.
     """
 
     train: list[Example]
     validation: list[Example]
     tests: dict[str, list[Example]]
     held_out: int
+    contradictory: int = 0
 
 
 def question(example: Example) -> str:
@@ -129,6 +133,12 @@ class Pool:
         taken, self.rows = self.rows[:count], self.rows[len(self.rows) if count is None else count :]
         return taken
 
+    def drop_contradictions(self) -> int:
+        """Leave out the rows whose worked answer does not end in their number or letter, and tell how many they are."""
+        before = len(self.rows)
+        self.rows = [row for row in self.rows if is_right(row.answer, str(row.gold))]
+        return before - len(self.rows)
+
     def hold_out(self, questions: set[str]) -> int:
         """Leave out the rows that ask one of these questions, and tell how many they are."""
         before = len(self.rows)
@@ -139,6 +149,8 @@ class Pool:
 def split_task(family: Family, task: Task, folder: Path, size: dict[str, Any]) -> Split:
     """The examples of a task, as many as the size says: first for the tests, then for validation, then to train on."""
     pools = {file: Pool(family, folder / file) for file in dict.fromkeys([*task.test.values(), *task.train])}
+    is_number = family.scoring == "number"
+    contradictory = sum(pools[file].drop_contradictions() for file in task.train) if is_number else 0
     asked = {question(row) for file in task.test.values() if file not in task.train for row in pools[file].rows}
     tests = {name: pools[file].take(size["test"]) for name, file in task.test.items()}
     asked |= {question(row) for rows in tests.values() for row in rows}
@@ -150,4 +162,4 @@ def split_task(family: Family, task: Task, folder: Path, size: dict[str, Any]) -
 
     validation = from_training_files(size["validation"])
     held_out += sum(pools[file].hold_out({question(row) for row in validation}) for file in task.train)
-    return Split(from_training_files(size["train"]), validation, tests, held_out)
+    return Split(from_training_files(size["train"]), validation, tests, held_out, contradictory)

@@ -82,7 +82,7 @@ class WithReft(WithPeft):
 
 
 def make_base(job: Job) -> Any:
-    """The base, frozen but for the head of a classifier, whose last layer the seed draws."""
+    """The base, frozen but for the head of a classifier, of which the seed draws what was not pretrained."""
     if job.scoring != "label":
         base = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
         return base.requires_grad_(False).to(job.device)  # type: ignore[arg-type]
@@ -92,9 +92,11 @@ def make_base(job: Job) -> Any:
     base.requires_grad_(False)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(is_head(name))
-    with torch.no_grad():  # the same whatever the version of transformers
-        nn.init.normal_(base.classifier.weight, std=0.02, generator=torch.Generator().manual_seed(job.seed))
-        nn.init.zeros_(base.classifier.bias)
+    draw = torch.Generator().manual_seed(job.seed)  # the same whatever the version of transformers
+    for module in base.classifier.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02, generator=draw)
+            nn.init.zeros_(module.bias)
     return base.to(job.device)
 
 

@@ -170,14 +170,14 @@ def save(figure: Figure, file: Path) -> None:
 def render(records: list[Record], page: Path) -> str:
     """The tables, with links to the pictures that it draws beside the page."""
     parts = []
-    for (family,), own in groups((r for r in records if "ablation" not in r), "family").items():
+    for (family,), own in groups((r for r in records if not r["ablation"]), "family").items():
         parts.append(f"## {family}\n")
         for (task,), runs in groups(own, "task").items():
             [metric, *_] = metrics_of(runs[0])
             parts += [f"### {task}: {SHOWN[metric]}\n", family_table(runs), sized(runs[0]) + "\n"]
         draw_family(own, page.parent / "results" / f"{family}.png")
         parts.append(f"![{family}](results/{family}.png)\n")
-    for (name,), own in groups((r for r in records if "ablation" in r), "ablation").items():
+    for (name,), own in groups((r for r in records if r["ablation"]), "ablation").items():
         draw_ablation(name, own, page.parent / "results" / f"ablation-{name}.png")
         link = f"![{name}](results/ablation-{name}.png)\n"
         parts += [f"## Ablation: {name}\n", ablation_table(own), sized(own[0]) + "\n", link]

@@ -7,12 +7,14 @@ DATA is a folder (commonsense/, arithmetic/, instruction/, nlu/), or the Hub id 
 PYTHON that of an environment with pyreft 0.1.0, pyvene 0.1.8 and transformers 4.57.6, without which the reference is
 left out. What is trained, and how, is in protocol.yaml.
 
-The first seed of a contender is trained with each learning rate of the grid; the other seeds have the one that was
-best on the validation part. A finished run is added to the file, and is not run again. To stop is safe at any time.
+The first seed of a contender is trained with the learning rates of the grid, from the middle on towards what is better;
+the other seeds have the one that was best on the validation part. A finished run is added to the file, and is not run
+again. To stop is safe at any time.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +35,10 @@ from quality.models import find_model
 from quality.protocol import Family, Protocol, Task, load_protocol
 
 
+# What tells the records of two runs apart
+IDENTITY = ("family", "task", "name", "seed", "ablation", "value", "metric", "settings")
+
+
 @dataclass(frozen=True)
 class Setup:
     """Where and on what runs are made.
@@ -40,6 +46,7 @@ class Setup:
     Attributes:
         family (`Family`), size (`dict`): what is run, and on how many rows.
         data (`Path`), model (`str`): folders.
+        model_name (`str`): what the results call the model.
         reference (`str`, *optional*): the Python of an environment with pyreft.
     """
 
@@ -47,6 +54,7 @@ class Setup:
     size: dict[str, Any]
     data: Path
     model: str
+    model_name: str
     reference: str | None = None
     device: str = "cpu"
     threads: int = 1
@@ -66,7 +74,7 @@ class Results:
     def find(self, what: dict[str, Any]) -> dict[str, Any] | None:
         """The record of a run, if it is finished."""
         what = json.loads(json.dumps(what))
-        return next((record for record in self.records if what.items() <= record.items()), None)
+        return next((record for record in self.records if all(record[key] == what[key] for key in IDENTITY)), None)
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -145,33 +153,47 @@ class Prepared:
             "rows": rows,
             "dropped": self.dropped,
             "held_out": self.examples.held_out,
+            "contradictory": self.examples.contradictory,
             "tokens": tokens,
             "epochs": self.setup.size["epochs"],
         }
 
 
 def options_of(contender: dict[str, Any], family: Family, task: Task) -> dict[str, Any]:
-    """A contender with the options that the family and the task have for ReFT; its own come first."""
+    """A contender with the options that the family and the task have for ReFT, of which LoRA has the dropout; its own
+    come first."""
+    if contender["method"] == "lora":
+        return {"lora_dropout": family.reft["dropout"]} | contender
     return family.reft | task.reft | contender if contender["method"] in ("reft", "pyreft") else contender
 
 
 def run_contender(
-    prepared: Prepared, name: str, options: dict[str, Any], seeds: Sequence[int], to: Results, **noted: str
+    prepared: Prepared,
+    name: str,
+    options: dict[str, Any],
+    seeds: Sequence[int],
+    to: Results,
+    ablation: str | None = None,
+    value: str | None = None,
 ) -> None:
-    """Run a contender with each seed, unless it is in the results already; what is `noted` goes into the records."""
+    """Run a contender with each seed, unless it is in the results already.
+
+    `ablation` and `value` say what is varied, if anything is.
+    """
     setup, training = prepared.setup, prepared.setup.family.training
     trains = options["method"] != "base" or setup.family.scoring == "label"
     grid = training["learning_rates"] if trains else []
-    settings = {"contender": options, "training": training, "size": setup.size, "model": Path(setup.model).name}
+    settings = {"contender": options, "training": training, "size": setup.size, "model": setup.model_name}
     rates = grid
     for seed in seeds if trains else seeds[:1]:
         what: dict[str, Any] = {"family": setup.family.name, "task": prepared.task.name, "name": name, "seed": seed}
-        what |= noted | {"metric": prepared.task.metric, "settings": settings | {"first_seed": seeds[0]}}
+        what |= {"ablation": ablation, "value": value, "metric": prepared.task.metric}
+        what["settings"] = settings | {"first_seed": seeds[0]}
         found = to.find(what)
         if found is None:
             began = time.perf_counter()
             result = run_job(setup, prepared.job(options, seed, rates))
-            found = what | finished(prepared, result) | {"seconds": time.perf_counter() - began}
+            found = what | finished(prepared, result) | {"seconds": time.perf_counter() - began, "commit": commit()}
             to.add(found)
         print(line_of(found), flush=True)
         rates = [found["learning_rate"]]
@@ -195,6 +217,12 @@ def finished(prepared: Prepared, result: dict[str, Any]) -> dict[str, Any]:
         gold = [s.label for s in prepared.tests[name]] if scoring == "choice" else prepared.gold[name]
         tests[name] = summarize(scoring, outcome, gold, decode)
     return result | {"tests": tests, "sized": prepared.sized()}
+
+
+def commit() -> str:
+    """That of the code that ran, marked where files differ from it; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def line_of(record: dict[str, Any]) -> str:
@@ -225,7 +253,7 @@ def estimate(prepared: Prepared, contenders: int, seeds: int) -> float:
         forward = time.perf_counter() - began
     evaluated = sum(map(len, job.tests.values())) / len(samples)
     validated = len(job.validation) / len(samples)
-    searches = len(prepared.setup.family.training["learning_rates"])
+    searches = min(3, len(prepared.setup.family.training["learning_rates"]))  # of four rates three are tried
     trainings = (searches + seeds - 1) * (3 * len(job.batches) + validated) + seeds * evaluated
     return forward * contenders * trainings
 
@@ -252,9 +280,11 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def setup_of(args: argparse.Namespace, family: Family) -> Setup:
-    model = find_model(args.model or family.model)
+    name = args.model or family.model
     place = (args.reference, args.device, args.threads)
-    return Setup(family, family.sizes[args.size], find_folder(args.data, "dataset"), model, *place)
+    return Setup(
+        family, family.sizes[args.size], find_folder(args.data, "dataset"), find_model(name), Path(name).name, *place
+    )
 
 
 def main() -> None:

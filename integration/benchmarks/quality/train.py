@@ -25,28 +25,56 @@ def run(job: Job) -> dict[str, Any]:
         of it, and what training took.
     """
     torch.set_num_threads(job.threads)
-    best: tuple[Any, ...] | None = None
-    searched = {}
-    for rate in job.learning_rates or [0.0]:  # 0: nothing to train
-        learner = make_learner(job)
-        trained = train(learner, job, rate) if job.learning_rates else {}
-        outcome = evaluate(learner, job, job.validation, generating=False)
-        labels = [sample.label for sample in job.validation]
-        found = summarize(validated_by(job), outcome, labels)
-        searched[str(rate)] = found
-        rank = ranking(job, found)
-        if best is None or rank > best[0]:
-            best = (rank, rate, learner, trained)
-        del learner
-        gc.collect()
-    assert best is not None
-    _, rate, learner, trained = best
+    search = Search(job)
+    best = search.climb()
+    learner, trained = search.learner, search.trained
     if trained:
-        trained["peak_memory"] = peak_memory(lambda: largest_step(learner, job))
+        trained["peak_memory"] = peak_memory(lambda: largest_step(learner, job), job.device)
     tests = {name: evaluate(learner, job, samples, generating=True) for name, samples in job.tests.items()}
     adapter, head = count_trained(learner)
     counts = {"trainable_parameters": adapter, "head_parameters": head}
-    return {"learning_rate": rate, "validation": searched, "tests": tests, **counts, **trained, "machine": machine()}
+    return {"learning_rate": best, "validation": search.found, "tests": tests, **counts, **trained, "machine": machine()}
+
+
+class Search:
+    """The best learning rate of a grid, taken to have one summit: from the middle on towards what is better.
+
+    Of four rates three are tried. The learner of the best so far is kept.
+
+    Attributes:
+        found (`dict[str, dict[str, float]]`): by learning rate, the metrics on the validation part.
+        learner (`Learner`), trained (`dict`): of the best, and what `train` tells of it.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.rates = sorted(job.learning_rates) or [0.0]  # 0: nothing to train
+        self.found: dict[str, dict[str, float]] = {}
+        self.ranks: dict[int, tuple[float, ...]] = {}
+
+    def climb(self) -> float:
+        last = len(self.rates) - 1
+        best = max(last // 2, len(self.rates) // 2, key=self.rank)
+        while self.rank(better := max(max(best - 1, 0), min(best + 1, last), key=self.rank)) > self.rank(best):
+            best = better
+        return self.rates[best]
+
+    def rank(self, at: int) -> tuple[float, ...]:
+        """How good a learning rate is; it is trained with when that is first asked."""
+        if at not in self.ranks:
+            job, rate = self.job, self.rates[at]
+            learner = make_learner(job)
+            trained = train(learner, job, rate) if job.learning_rates else {}
+            outcome = evaluate(learner, job, job.validation, generating=False)
+            found = summarize(validated_by(job), outcome, [sample.label for sample in job.validation])
+            self.found[str(rate)] = found
+            rank = ranking(job, found)
+            if not self.ranks or rank > max(self.ranks.values()):
+                self.learner, self.trained = learner, trained
+            self.ranks[at] = rank
+            del learner
+            gc.collect()
+        return self.ranks[at]
 
 
 def validated_by(job: Job) -> str:
