@@ -134,7 +134,7 @@ class Pool:
         return taken
 
     def drop_contradictions(self) -> int:
-        """Leave out the rows whose worked answer does not end in their number or letter, and tell how many they are."""
+        """Leave out the rows whose worked answer does not end in theirs, and tell how many they are."""
         before = len(self.rows)
         self.rows = [row for row in self.rows if is_right(row.answer, str(row.gold))]
         return before - len(self.rows)

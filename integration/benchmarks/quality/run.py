@@ -7,9 +7,9 @@ DATA is a folder (commonsense/, arithmetic/, instruction/, nlu/), or the Hub id 
 PYTHON that of an environment with pyreft 0.1.0, pyvene 0.1.8 and transformers 4.57.6, without which the reference is
 left out. What is trained, and how, is in protocol.yaml.
 
-The first seed of a contender is trained with the learning rates of the grid, from the middle on towards what is better;
-the other seeds have the one that was best on the validation part. A finished run is added to the file, and is not run
-again. To stop is safe at any time.
+The first seed of a contender is trained with rates of the grid, from the middle on towards what is better; the other
+seeds have the one that was best on the validation part. A finished run is added to the file, and is not run again. To
+stop is safe at any time.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from quality.job import Job, run_elsewhere
 from quality.metrics import summarize
 from quality.models import find_model
 from quality.protocol import Family, Protocol, Task, load_protocol
-
 
 # What tells the records of two runs apart
 IDENTITY = ("family", "task", "name", "seed", "ablation", "value", "metric", "settings")
@@ -281,9 +280,15 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 def setup_of(args: argparse.Namespace, family: Family) -> Setup:
     name = args.model or family.model
-    place = (args.reference, args.device, args.threads)
     return Setup(
-        family, family.sizes[args.size], find_folder(args.data, "dataset"), find_model(name), Path(name).name, *place
+        family=family,
+        size=family.sizes[args.size],
+        data=find_folder(args.data, "dataset"),
+        model=find_model(name),
+        model_name=Path(name).name,
+        reference=args.reference,
+        device=args.device,
+        threads=args.threads,
     )
 
 

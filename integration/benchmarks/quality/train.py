@@ -32,8 +32,8 @@ def run(job: Job) -> dict[str, Any]:
         trained["peak_memory"] = peak_memory(lambda: largest_step(learner, job), job.device)
     tests = {name: evaluate(learner, job, samples, generating=True) for name, samples in job.tests.items()}
     adapter, head = count_trained(learner)
-    counts = {"trainable_parameters": adapter, "head_parameters": head}
-    return {"learning_rate": best, "validation": search.found, "tests": tests, **counts, **trained, "machine": machine()}
+    found = {"learning_rate": best, "validation": search.found, "tests": tests, "machine": machine()}
+    return found | {"trainable_parameters": adapter, "head_parameters": head} | trained
 
 
 class Search:
@@ -51,6 +51,8 @@ class Search:
         self.rates = sorted(job.learning_rates) or [0.0]  # 0: nothing to train
         self.found: dict[str, dict[str, float]] = {}
         self.ranks: dict[int, tuple[float, ...]] = {}
+        self.learner: Learner
+        self.trained: dict[str, Any]
 
     def climb(self) -> float:
         last = len(self.rates) - 1
