@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ from quality.metrics import extract_letter, extract_number, is_right, matthews
 from quality.protocol import Ablation, load_protocol
 from quality.run import Prepared, Results, Setup, options_of, run_contender
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 from transformers import PreTrainedTokenizerFast as Fast
 
 PROTOCOL = load_protocol()
@@ -222,6 +230,26 @@ def test_questions_of_test_files_are_not_trained_on(data, tmp_path):
     assert split.held_out == 40 + len({e.prompt for e in split.validation if "and 2" in e.prompt})
 
 
+def test_rows_that_contradict_themselves_are_not_trained_on(data, tmp_path):
+    family = PROTOCOL.families["arithmetic"]
+    task = family.tasks["arithmetic"]
+    shutil.copytree(data / "arithmetic", tmp_path / "arithmetic")
+    file = tmp_path / task.train[0]
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([row | {"output": "A: The answer is 77 ."} for row in rows[:30]] + rows[30:]))
+    split = split_task(family, task, tmp_path, SIZE)
+    assert split.contradictory == 30 and split_task(family, task, data, SIZE).contradictory == 0
+    assert all("77" not in example.answer for example in [*split.train, *split.validation])
+
+
+def test_dropout_is_the_familys_for_lora_too():
+    family = replace(PROTOCOL.families["nlu"], reft=PROTOCOL.families["nlu"].reft | {"dropout": 0.3})
+    task = family.tasks["sst2"]
+    assert options_of(PROTOCOL.contenders["lora-r8-qv"], family, task)["lora_dropout"] == 0.3
+    assert options_of(PROTOCOL.contenders["loreft"], family, task)["dropout"] == 0.3
+    assert options_of(PROTOCOL.contenders["loreft-pyreft"], family, task)["dropout"] == 0.3
+
+
 # Runs
 
 
@@ -261,6 +289,75 @@ def test_family_runs(name, data, folders, tmp_path, monkeypatch):
     render.write(page, render.render(records, page))
     assert "| loreft |" in page.read_text()
     assert (page.parent / "results" / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize(("best", "tried"), enumerate([4, 4, 3, 3, 4, 4]))
+def test_learning_rates_are_searched_from_the_middle(monkeypatch, best, tried):
+    """Of six the best is found, what was trained with it is kept, and what lies behind a worse one is not tried."""
+    rates = [1e-4, 3e-4, 9e-4, 3e-3, 9e-3, 2.7e-2]
+    now = []
+    monkeypatch.setattr(train, "make_learner", lambda job: now)
+    monkeypatch.setattr(train, "train", lambda learner, job, rate: now.append(rate) or {"rate": rate})
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: abs(rates.index(now[-1]) - best))
+    monkeypatch.setattr(train, "summarize", lambda scoring, distance, labels: {"loss": float(distance)})
+    job = SimpleNamespace(learning_rates=rates[::-1], scoring="loss", metric="loss", validation=[])
+    search = train.Search(job)
+    assert search.climb() == rates[best] == search.trained["rate"]
+    assert len(now) == len(search.found) == tried
+
+
+def test_a_diverged_learning_rate_is_not_chosen(monkeypatch):
+    losses = {1e-3: 2.0, 1e-2: float("nan")}
+    now = []
+    monkeypatch.setattr(train, "make_learner", lambda job: now)
+    monkeypatch.setattr(train, "train", lambda learner, job, rate: now.append(rate) or {})
+    monkeypatch.setattr(train, "evaluate", lambda *args, **options: None)
+    monkeypatch.setattr(train, "summarize", lambda *args: {"loss": losses[now[-1]]})
+    job = SimpleNamespace(learning_rates=[1e-2, 1e-3], scoring="loss", metric="loss", validation=[])
+    assert train.Search(job).climb() == 1e-3
+
+
+def test_runs_with_other_settings_are_other_runs(data, folders, tmp_path, monkeypatch):
+    """Nothing is taken from a file that was made with other options, rows or models, or for an ablation."""
+    setup = make_setup("nlu", data, folders)
+    task, loreft = setup.family.tasks["sst2"], PROTOCOL.contenders["loreft"]
+    made = []
+    monkeypatch.setattr("quality.run.run_job", lambda setup, job: made.append(job))
+    outcome = {"learning_rate": 1e-3, "tests": {}, "trainable_parameters": 1}
+    monkeypatch.setattr("quality.run.finished", lambda prepared, result: outcome)
+
+    def run(setup, **more):
+        options = options_of(loreft, setup.family, task) | more.pop("options", {})
+        run_contender(Prepared(setup, task), "loreft", options, [0], Results(tmp_path / "r.json"), **more)
+
+    others = [
+        {"setup": setup},
+        {"setup": setup, "options": {"r": 2}},
+        {"setup": replace(setup, size=SIZE | {"train": 10})},
+        {"setup": replace(setup, model_name="other")},
+        {"setup": setup, "ablation": "rank", "value": "1"},
+    ]
+    for _ in range(2):
+        for other in others:
+            run(**dict(other))
+    assert len(made) == len(others)
+
+
+def test_head_of_a_roberta_is_drawn_by_the_seed(data, tokenizer, tmp_path):
+    """Whose classifier has two layers, and which is not pretrained in a checkpoint of the base."""
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": len(tokenizer)}
+    config = RobertaConfig(**shape, num_hidden_layers=2, pad_token_id=tokenizer.pad_token_id)
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    setup = make_setup("nlu", data, {"minilm-l6": str(tmp_path)})
+    prepared = Prepared(setup, setup.family.tasks["sst2"])
+    options = options_of(PROTOCOL.contenders["loreft"], setup.family, prepared.task)
+    first, same, other = (make_learner(prepared.job(options, seed, [])).base.classifier for seed in (0, 0, 1))
+    for layer in ("dense", "out_proj"):
+        drawn = [getattr(head, layer).weight for head in (first, same, other)]
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    result = train.run(prepared.job(options, 0, [1e-3]))
+    assert result["head_parameters"] == 32 * 32 + 32 + 2 * 32 + 2
 
 
 def test_learning_rate_is_chosen_on_the_validation_part(data, folders):
@@ -338,7 +435,10 @@ def test_ablations(data, folders, tmp_path):
     assert [record["sized"]["rows"]["train"] for record in results.records] == [12, 12, 4, 4, 8, 8]
     page = tmp_path / "results.md"
     render.write(page, render.render(results.records, page))
-    assert "## Ablation: layers" in page.read_text() and (tmp_path / "results/ablation-examples.png").exists()
+    assert "Rows: 4 to 8 train, 6 validation, 4 sst2;" in page.read_text()
+    assert (
+        "## Ablation: layers, sst2" in page.read_text() and (tmp_path / "results/ablation-examples-sst2.png").exists()
+    )
 
 
 @pytest.mark.parametrize("name", list(PROTOCOL.ablations))
@@ -349,6 +449,51 @@ def test_ablations_change_options_that_there_are(name, data, folders):
         own, options = ablations.varied(setup, changes)
         given = options_of(PROTOCOL.contenders["loreft"], own.family, task) | options
         assert count_trained(make_learner(Prepared(own, task).job(given, 0, [])))[0] > 0
+
+
+def record_of(seed: int = 0, **settings) -> dict:
+    """Of a run of LoReFT with a grid of three learning rates."""
+    training = {"learning_rates": [1e-3, 3e-3, 9e-3], "batch_size": 4}
+    what = {"family": "nlu", "task": "sst2", "name": "loreft", "seed": seed, "ablation": None, "value": None}
+    sized = {"rows": {"train": 8, "sst2": 4}, "dropped": 0, "held_out": 0, "contradictory": 0, "epochs": 1}
+    return what | {
+        "metric": "accuracy",
+        "settings": {"contender": {"method": "reft"}, "training": training, "size": {"train": 8}, "model": "m"}
+        | settings,
+        "learning_rate": 3e-3,
+        "validation": {"0.003": {"loss": 0.5}},
+        "tests": {"sst2": {"accuracy": 0.25 * seed}},
+        "trainable_parameters": 1234,
+        "head_parameters": 0,
+        "sized": sized | {"tokens": {"mean": 5.0, "longest": 9}},
+        "machine": {"cpu": "c", "threads": 1, "torch": "2"},
+        "commit": "abc",
+        "steps": 2,
+        "seconds_a_step": 0.5,
+        "peak_memory": 2**20,
+    }
+
+
+def test_table_of_a_family():
+    """The mean of seeds and their standard deviation: 0 and 0.5 of accuracy in per cent."""
+    [*_, row] = render.family_table([record_of(0), record_of(2)]).splitlines()
+    assert row == "| loreft | 25.0 ± 35.4 | 0.500 ± 0.000 | 2 | 1,234 | 0.50 | 1 MiB | 0.003 |"
+    edge = record_of() | {"learning_rate": 9e-3, "validation": {"0.009": {"loss": 0.5}}}
+    assert render.family_table([edge]).splitlines()[-1].endswith("| 0.009 (edge) |")
+
+
+def test_unlike_records_are_not_put_in_one_table(tmp_path):
+    contender = {"contender": {"method": "lora"}}
+    render.render([record_of(), record_of(1), record_of(**contender) | {"name": "lora"}], tmp_path / "page.md")
+    for other in (record_of(1, size={"train": 9}), record_of(1, model="n"), record_of(1, **contender)):
+        with pytest.raises(ValueError, match="nlu, sst2.*different settings"):
+            render.render([record_of(), other], tmp_path / "page.md")
+    with pytest.raises(ValueError, match="a seed comes twice"):
+        render.render([record_of(), record_of()], tmp_path / "page.md")
+    varied = {"ablation": "rank", "value": "1"}
+    with pytest.raises(ValueError, match="rank, sst2, loreft 1.*different settings"):
+        render.render([record_of() | varied, record_of(1, **contender) | varied], tmp_path / "page.md")
+    render.render([record_of() | varied, record_of(**contender) | {**varied, "value": "2"}], tmp_path / "page.md")
 
 
 def test_page_keeps_what_is_written_by_hand(tmp_path):

@@ -29,6 +29,24 @@ def groups(records: Iterable[Record], *keys: str) -> dict[tuple, list[Record]]:
     return found
 
 
+def check_alike(records: Iterable[Record]) -> None:
+    """Raise a ValueError for records that may not stand in one table: their settings differ, or a seed comes twice."""
+    for (family, task, ablation), own in groups(records, "family", "task", "ablation").items():
+        what = f"{ablation or family}, {task}"
+        if not ablation and len({json.dumps(common(record), sort_keys=True) for record in own}) > 1:
+            raise ValueError(f"{what}: the records were made with different settings.")
+        for (value, name), runs in groups(own, "value", "name").items():
+            if len({json.dumps(run["settings"], sort_keys=True) for run in runs}) > 1:
+                raise ValueError(f"{what}, {name} {value or ''}: the records were made with different settings.")
+            if len({run["seed"] for run in runs}) < len(runs):
+                raise ValueError(f"{what}, {name} {value or ''}: a seed comes twice.")
+
+
+def common(record: Record) -> dict[str, Any]:
+    """The settings that all contenders of a task have."""
+    return {name: value for name, value in record["settings"].items() if name != "contender"}
+
+
 # Numbers
 
 
@@ -55,7 +73,14 @@ def shown(values: list[float], metric: str) -> str:
     return f"{scale * mean(values):.{digits}f}{spread}"
 
 
+def span(values: Iterable[int]) -> str:
+    low, high = min(found := [*values]), max(found)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 # Tables
+
+COSTS = ["seeds", "trained", "s a step", "peak memory", "learning rate"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -64,58 +89,91 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def family_table(records: list[Record]) -> str:
     """A row a contender: each test set, their mean, and what training took."""
-    tests = list(records[0]["tests"])
-    metrics = metrics_of(records[0])
-    average = ["mean"] if len(tests) > 1 else []
-    head = ["", *[f"{test}{named(metric, metrics)}" for metric in metrics for test in [*tests, *average]]]
+    columns = [(metric, test) for metric in metrics_of(records[0]) for test in tests_of(records[0])]
+    head = [heading(metric, test, metrics_of(records[0])) for metric, test in columns]
     rows = []
     for (name,), own in groups(records, "name").items():
-        cells = []
-        for metric in metrics:
-            cells += [shown([record["tests"][test][metric] for record in own], metric) for test in tests]
-            cells += [shown([on_average(record, metric) for record in own], metric)] if average else []
+        cells = [shown([value_of(record, metric, test) for record in own], metric) for metric, test in columns]
         rows.append([name, *cells, shown([validation_loss(record) for record in own], "loss"), *costs(own)])
-    return table([*head, "validation loss", "seeds", "trained", "s a step", "peak memory", "learning rate"], rows)
+    return table(["", *head, "validation loss", *COSTS], rows)
 
 
-def named(metric: str, metrics: list[str]) -> str:
-    """How a column says which of several metrics it has."""
-    return f" ({SHOWN[metric]})" if len(metrics) > 1 and metric != metrics[0] else ""
+def tests_of(record: Record) -> list[str]:
+    """The test sets, and their mean if there are several."""
+    tests = list(record["tests"])
+    return [*tests, "mean"] if len(tests) > 1 else tests
+
+
+def value_of(record: Record, metric: str, test: str) -> float:
+    return on_average(record, metric) if test == "mean" else record["tests"][test][metric]
+
+
+def heading(metric: str, test: str, metrics: list[str]) -> str:
+    """A test set, and which metric it is if it is not the task's."""
+    return test if metric == metrics[0] else f"{test} ({SHOWN[metric]})"
 
 
 def costs(own: list[Record]) -> list[str]:
+    """The cells under COSTS."""
     first = own[0]
     cells = [str(len(own)), f"{first['trainable_parameters']:,}"]
     if "steps" not in first:
         return [*cells, "", "", ""]
     seconds = mean(record["seconds_a_step"] for record in own)
-    return [*cells, f"{seconds:.2f}", f"{first['peak_memory'] / 2**20:,.0f} MiB", f"{first['learning_rate']:g}"]
+    return [*cells, f"{seconds:.2f}", f"{first['peak_memory'] / 2**20:,.0f} MiB", rate_of(first)]
 
 
-def sized(record: Record) -> str:
-    """What was sized, and on what it ran."""
-    found, settings, machine = record["sized"], record["settings"], record["machine"]
-    rows = ", ".join(f"{count:,} {name}" for name, count in found["rows"].items())
-    lengths = f"{found['tokens']['mean']:.0f} tokens a row, at most {found['tokens']['longest']}"
-    training = settings["training"]
-    rates = ", ".join(f"{rate:g}" for rate in training["learning_rates"])
-    head = f" All contenders train the head's {record['head_parameters']:,} parameters besides."
-    left_out = f"{found['dropped']} left out for their length, {found['held_out']:,} since they are held out elsewhere"
-    return (
-        f"{settings['model']}. Rows: {rows} ({left_out}). {lengths}. "
-        f"{found['epochs']} epochs, batches of {training['batch_size']}, learning rates {rates}. "
-        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, torch {machine['torch']}."
-        + (head if record["head_parameters"] else "")
-    )
+def rate_of(record: Record) -> str:
+    """The learning rate, with a mark if a better one may lie outside the grid."""
+    grid, rate = record["settings"]["training"]["learning_rates"], record["learning_rate"]
+    return f"{rate:g}" + (" (edge)" if len(grid) > 1 and rate in (min(grid), max(grid)) else "")
 
 
 def ablation_table(records: list[Record]) -> str:
     [metric, *_] = metrics_of(records[0])
     rows = []
     for (value, name), own in groups(records, "value", "name").items():
-        values = [on_average(record, metric) for record in own]
-        rows.append([value, name, shown(values, metric), *costs(own)])
-    return table(["", "", SHOWN[metric], "seeds", "trained", "s a step", "peak memory", "learning rate"], rows)
+        cells = [shown([on_average(record, metric) for record in own], metric)]
+        rows.append([value, name, *cells, shown([validation_loss(record) for record in own], "loss"), *costs(own)])
+    return table(["", "", SHOWN[metric], "validation loss", *COSTS], rows)
+
+
+def sized(records: list[Record]) -> str:
+    """What was sized, and on what it ran."""
+    return " ".join([data_of(records), training_of(records), machine_of(records)]) + "\n"
+
+
+def data_of(records: list[Record]) -> str:
+    found = [record["sized"] for record in records]
+    rows = ", ".join(f"{span(one['rows'][part] for one in found)} {part}" for part in found[0]["rows"])
+    left_out = [f"{span(one['dropped'] for one in found)} for their length"]
+    left_out += [f"{span(one['held_out'] for one in found)} since test or validation rows ask the same"]
+    if any(one["contradictory"] for one in found):
+        left_out += [f"{span(one['contradictory'] for one in found)} since they contradict themselves"]
+    tokens = f"{mean(one['tokens']['mean'] for one in found):.0f} tokens a row on average"
+    longest = max(one["tokens"]["longest"] for one in found)
+    model = records[0]["settings"]["model"]
+    return f"{model}. Rows: {rows}; left out: {', '.join(left_out)}. {tokens}, at most {longest}."
+
+
+def training_of(records: list[Record]) -> str:
+    epochs = span(record["sized"]["epochs"] for record in records)
+    trainings = [record["settings"]["training"] for record in records]
+    rates = sorted({rate for training in trainings for rate in training["learning_rates"]})
+    grid = ", ".join(f"{rate:g}" for rate in rates)
+    head = records[0]["head_parameters"]
+    besides = f" All contenders train the head's {head:,} parameters besides." if head else ""
+    return f"{epochs} epochs, batches of {trainings[0]['batch_size']}, learning rates {grid}.{besides}"
+
+
+def machine_of(records: list[Record]) -> str:
+    """The devices, and the commits of the code."""
+    machines = [record["machine"] for record in records]
+    places = {
+        f"{found.get('gpu', found['cpu'])}, {found['threads']} threads, torch {found['torch']}" for found in machines
+    }
+    commits = sorted({record["commit"] for record in records})
+    return f"{'; '.join(sorted(places))}. Code of {', '.join(commits)}."
 
 
 # Pictures
@@ -169,18 +227,20 @@ def save(figure: Figure, file: Path) -> None:
 
 def render(records: list[Record], page: Path) -> str:
     """The tables, with links to the pictures that it draws beside the page."""
+    check_alike(records)
     parts = []
     for (family,), own in groups((r for r in records if not r["ablation"]), "family").items():
         parts.append(f"## {family}\n")
         for (task,), runs in groups(own, "task").items():
             [metric, *_] = metrics_of(runs[0])
-            parts += [f"### {task}: {SHOWN[metric]}\n", family_table(runs), sized(runs[0]) + "\n"]
+            parts += [f"### {task}: {SHOWN[metric]}\n", family_table(runs), sized(runs)]
         draw_family(own, page.parent / "results" / f"{family}.png")
         parts.append(f"![{family}](results/{family}.png)\n")
-    for (name,), own in groups((r for r in records if r["ablation"]), "ablation").items():
-        draw_ablation(name, own, page.parent / "results" / f"ablation-{name}.png")
-        link = f"![{name}](results/ablation-{name}.png)\n"
-        parts += [f"## Ablation: {name}\n", ablation_table(own), sized(own[0]) + "\n", link]
+    for (name, task), own in groups((r for r in records if r["ablation"]), "ablation", "task").items():
+        picture = f"results/ablation-{name}-{task}.png"
+        draw_ablation(name, own, page.parent / picture)
+        link = f"![{name}, {task}]({picture})\n"
+        parts += [f"## Ablation: {name}, {task}\n", ablation_table(own), sized(own), link]
     return "\n".join(parts)
 
 
