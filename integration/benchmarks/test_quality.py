@@ -318,7 +318,7 @@ def test_a_diverged_learning_rate_is_not_chosen(monkeypatch):
 
 
 def test_runs_with_other_settings_are_other_runs(data, folders, tmp_path, monkeypatch):
-    """Nothing is taken from a file that was made with other options, rows or models, or for an ablation."""
+    """Nothing is taken from a file that was made with other options, rows or models; an ablation takes the same."""
     setup = make_setup("nlu", data, folders)
     task, loreft = setup.family.tasks["sst2"], PROTOCOL.contenders["loreft"]
     made = []
@@ -340,7 +340,10 @@ def test_runs_with_other_settings_are_other_runs(data, folders, tmp_path, monkey
     for _ in range(2):
         for other in others:
             run(**dict(other))
-    assert len(made) == len(others)
+    assert len(made) == len(others) - 1
+    records = Results(tmp_path / "r.json").records
+    assert [record["value"] for record in records] == [None, None, None, None, "1"]
+    assert records[-1] | {"ablation": None, "value": None} == records[0]
 
 
 def test_head_of_a_roberta_is_drawn_by_the_seed(data, tokenizer, tmp_path):
@@ -427,7 +430,7 @@ def test_ablations(data, folders, tmp_path):
     assert (own.size["train"], own.family.training["learning_rates"], options) == (8, [1.0], {"r": 2})
     results = Results(tmp_path / "ablations.json")
     few = {
-        "layers": Ablation({"lower": {"layers_to_transform": [0]}, "all": {}}),
+        "layers": Ablation({"upper": {"layers_to_transform": "upper third"}, "all": {"layers_to_transform": None}}),
         "examples": Ablation({"4": {"train": 4}, "8": {"train": 8}}, ["base", "loreft"]),
     }
     for name in few:

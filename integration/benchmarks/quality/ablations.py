@@ -12,13 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality.protocol import Protocol, load_protocol
 from quality.run import Prepared, Results, Setup, add_place, estimate, options_of, run_contender, setup_of
 
+# Which of n layers
+LAYERS = {
+    "lower third": lambda n: range(n // 3),
+    "middle third": lambda n: range(n // 3, 2 * n // 3),
+    "upper third": lambda n: range(2 * n // 3, n),
+    "four evenly": lambda n: [round(at * (n - 1) / 3) for at in range(4)],
+}
+
 
 def varied(setup: Setup, changes: dict[str, Any]) -> tuple[Setup, dict[str, Any]]:
     """A setup with what is changed in the size and in the training, and the other changes: ReFT's options."""
+    if (layers := changes.get("layers_to_transform")) is not None:
+        config = AutoConfig.from_pretrained(setup.model)
+        changes = changes | {"layers_to_transform": [*LAYERS[layers](config.num_hidden_layers)]}
     size = {key: changes.get(key, value) for key, value in setup.size.items()}
     training = {key: changes.get(key, value) for key, value in setup.family.training.items()}
     options = {key: value for key, value in changes.items() if key not in size and key not in training}

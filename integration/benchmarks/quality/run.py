@@ -34,8 +34,8 @@ from quality.metrics import summarize
 from quality.models import find_model
 from quality.protocol import Family, Protocol, Task, load_protocol
 
-# What tells the records of two runs apart
-IDENTITY = ("family", "task", "name", "seed", "ablation", "value", "metric", "settings")
+RUN = ("family", "task", "seed", "metric", "settings")  # what decides how a run ends
+IDENTITY = (*RUN, "name", "ablation", "value")  # and what it is called
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Results:
         self.file = file
         self.records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
 
-    def find(self, what: dict[str, Any]) -> dict[str, Any] | None:
+    def find(self, what: dict[str, Any], keys: Sequence[str] = IDENTITY) -> dict[str, Any] | None:
         """The record of a run, if it is finished."""
         what = json.loads(json.dumps(what))
-        return next((record for record in self.records if all(record[key] == what[key] for key in IDENTITY)), None)
+        return next((record for record in self.records if all(record[key] == what[key] for key in keys)), None)
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -177,7 +177,7 @@ def run_contender(
 ) -> None:
     """Run a contender with each seed, unless it is in the results already.
 
-    `ablation` and `value` say what is varied, if anything is.
+    `ablation` and `value` say what is varied, if anything is. What most ablations have as a value is run once.
     """
     setup, training = prepared.setup, prepared.setup.family.training
     trains = options["method"] != "base" or setup.family.scoring == "label"
@@ -190,9 +190,11 @@ def run_contender(
         what["settings"] = settings | {"first_seed": seeds[0]}
         found = to.find(what)
         if found is None:
-            began = time.perf_counter()
-            result = run_job(setup, prepared.job(options, seed, rates))
-            found = what | finished(prepared, result) | {"seconds": time.perf_counter() - began, "commit": commit()}
+            if (same := to.find(what, RUN)) is None:
+                began = time.perf_counter()
+                result = finished(prepared, run_job(setup, prepared.job(options, seed, rates)))
+                same = result | {"seconds": time.perf_counter() - began, "commit": commit()}
+            found = same | what
             to.add(found)
         print(line_of(found), flush=True)
         rates = [found["learning_rate"]]
