@@ -20,20 +20,21 @@ def make_parser() -> argparse.ArgumentParser:
     adapters = peers.add_parser("adapters", help="of adapters (AdapterHub): adapter_config.json with its weights")
     for peer in (pyreft, adapters):
         peer.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hub")
-        peer.add_argument("destination", metavar="DST", help="folder to write the PEFT adapter to")
+        peer.add_argument("destination", metavar="DST", help="folder to write the PEFT adapter to, new or empty")
         peer.add_argument("--base-model", required=True, help="folder or Hub id; only its config is read")
         peer.add_argument(
             "--task-type", choices=TASKS, help="PEFT's task type (default: that of the base model's own class)"
         )
+        peer.add_argument("--num-labels", type=int, help="of a classifier (default: those of the base model's config)")
         peer.add_argument(
             "--no-head", dest="head", action="store_false", help="leave out a head that was trained with the edits"
         )
-    pyreft.add_argument("--positions", help="the tokens that are edited, as f7+l7; pyreft does not save them")
+    pyreft.add_argument("--positions", help="required: the tokens that are edited, as f7+l7; pyreft saves none")
     pyreft.add_argument(
         "--share-weights",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="whether first and last tokens share their weights (default: what the number of interventions tells)",
+        help="whether first and last tokens share their weights (default: no, if a module has two interventions)",
     )
     pyreft.add_argument(
         "--first-unit",

@@ -18,7 +18,7 @@ def calls(monkeypatch) -> dict[str, dict]:
 
 def test_convert_pyreft(calls, capsys):
     command = "convert pyreft src dst --base-model base --positions f7+l7 --no-share-weights --first-unit suffix"
-    assert cli.main([*command.split(), "--act-fn", "gelu", "--task-type", "SEQ_CLS", "--no-head"]) == 0
+    assert cli.main([*command.split(), *"--act-fn gelu --task-type SEQ_CLS --num-labels 3 --no-head".split()]) == 0
     assert calls["convert_pyreft"] == dict(
         source="src",
         destination="dst",
@@ -28,6 +28,7 @@ def test_convert_pyreft(calls, capsys):
         first_unit="suffix",
         act_fn="gelu",
         task_type="SEQ_CLS",
+        num_labels=3,
         head=False,
     )
     assert "Wrote the PEFT adapter to dst." in capsys.readouterr().out
@@ -42,7 +43,13 @@ def test_share_weights(calls, option, share_weights):
 def test_convert_adapters(calls):
     assert cli.main("convert adapters src dst --base-model base --intervention direft".split()) == 0
     assert calls["convert_adapters"] == dict(
-        source="src", destination="dst", base_model="base", intervention="direft", task_type=None, head=True
+        source="src",
+        destination="dst",
+        base_model="base",
+        intervention="direft",
+        task_type=None,
+        num_labels=None,
+        head=True,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ def save_pyreft(folder: Path, layers, units, kind: str = "Loreft", component: st
 
 def converted(source, base, convert=convert_pyreft, **options) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """The config and the tensors of the PEFT adapter, the latter by `layer.unit.name`."""
-    folder = Path(source).parent / "adapter"
+    folder = Path(tempfile.mkdtemp(dir=Path(source).parent))
     convert(source, folder, base, **options)
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
@@ -131,6 +132,23 @@ def test_shared_and_all_layers(tmp_path, base):
     assert_unit(tensors, "2.unit", units[2])
     with pytest.raises(ValueError, match=r"share_weights=False does not fit the checkpoint, which has 1 intervention"):
         converted(source, base, positions="f2+l2", share_weights=False)
+    for share_weights in (True, False, None):  # no matter where one end alone is edited
+        assert_unit(converted(source, base, positions="f2", share_weights=share_weights)[1], "2.unit", units[2])
+
+
+def test_one_intervention_each_may_be_of_one_end(tmp_path, base):
+    """pyreft's own locations have the first half of them edit first tokens, unless weights are shared."""
+    units = [make_unit() for _ in range(2)]
+    source = save_pyreft(tmp_path / "a", [0, 1], units)
+    with pytest.raises(ValueError, match=r"Each of the 2 modules has one intervention.*\(--share-weights\)"):
+        converted(source, base, positions="f2+l2")
+    config, tensors = converted(source, base, positions="f2+l2", share_weights=True)
+    assert config.share_weights and config.layers_to_transform == [0, 1]
+    assert_unit(tensors, "1.unit", units[1])
+    source = save_pyreft(tmp_path / "b", [0, 1, 2], [make_unit()] * 3)  # of which there is no half
+    assert converted(source, base, positions="f2+l2")[0].share_weights
+    with pytest.raises(ValueError, match="first_unit='suffix' is for modules with two interventions"):
+        converted(source, base, positions="f2+l2", first_unit="suffix")
 
 
 @pytest.mark.parametrize("layers, positions", [([0, 0], "f2"), ([0, 0, 1], "f2+l2"), ([0, 0, 0], "f2+l2")])
@@ -237,10 +255,54 @@ def test_rotation_that_was_rounded_gives_the_same_edit(intervention):
     assert (edit(**unit | {"R": found["R"]}) - edit(**unit)).abs().max() > 1e-4, "rounding is too small to be seen"
 
 
+def test_rotation_before_an_activation_is_not_mended():
+    unit = {"R": rotation().bfloat16().float(), "W": torch.randn(R, D), "b": torch.randn(R)}
+    found = with_orthonormal_rows(unit, "loreft", "gelu")
+    assert torch.equal(found["W"], unit["W"]) and torch.equal(found["b"], unit["b"])
+
+
 def test_rotation_that_is_none(tmp_path, base):
     unit = make_unit() | {"rotate_layer": torch.randn(D, R)}
     with pytest.raises(ValueError, match="The projection of loreft has no orthonormal rows"):
         converted(save_pyreft(tmp_path / "a", [0], [unit]), base, positions="f2")
+
+
+@pytest.mark.parametrize(
+    "kind, name, change, message",
+    [
+        ("Loreft", "weight", lambda t: t[:2], r"do not fit each other: R is \[3, 32\], and W is \[2, 32\]"),
+        ("Loreft", "weight", lambda t: t[:, :9], r"do not fit each other: R is \[3, 32\], and W is \[3, 9\]"),
+        ("Loreft", "bias", lambda t: t[:2], r"do not fit each other: R is \[3, 32\], and b is \[2\], not \[3\]"),
+        ("Loreft", "rotate_layer", lambda t: t[:, :2], r"do not fit each other: R is \[2, 32\]"),
+        ("Loreft", "rotate_layer", lambda t: t[0], r"'rotate_layer' of .* is \[3\], and should have 2 dim"),
+        ("Loreft", "rotate_layer", lambda t: t[0, 0], r"'rotate_layer' of .* is \[\], and should have 2 dim"),
+        ("Noreft", "proj_layer.weight", lambda t: t[:2], r"do not fit each other: R is \[2, 32\]"),
+        ("Loreft", "weight", lambda t: t * float("nan"), "'weight' of .* holds values that are not finite"),
+        ("Noreft", "learned_source.bias", lambda t: t / 0, "'learned_source.bias' of .* are not finite"),
+    ],
+)
+def test_tensors_that_are_wrong(tmp_path, base, kind, name, change, message):
+    unit = make_unit(kind)
+    source = save_pyreft(tmp_path / "a", [0], [unit | {name: change(unit[name]).clone()}], kind)
+    with pytest.raises(ValueError, match=message):
+        converted(source, base, positions="f2")
+
+
+def test_tensors_that_have_no_place(tmp_path, base):
+    """Those of an activation, without which the edit is another."""
+    unit = make_unit("Noreft") | {"embed_dim": torch.tensor(D), "interchange_dim": torch.tensor(D)}
+    assert converted(save_pyreft(tmp_path / "a", [0], [unit], "Noreft"), base, positions="f2")
+    source = save_pyreft(tmp_path / "b", [0], [unit | {"act_fn.weight": torch.ones(1)}], "Noreft")
+    with pytest.raises(ValueError, match="holds act_fn.weight, which cannot be converted"):
+        converted(source, base, positions="f2", act_fn="prelu")
+
+
+def test_nothing_is_written_over(tmp_path, base):
+    source = save_pyreft(tmp_path / "a", [0], [make_unit()])
+    config = (source / "config.json").read_text()
+    with pytest.raises(ValueError, match="a is not empty: nothing there is written over"):
+        convert_pyreft(source, source, base, "f2")
+    assert (source / "config.json").read_text() == config and not (source / "adapter_config.json").exists()
 
 
 def test_classes_that_cannot_be_converted(tmp_path, base):
@@ -300,6 +362,16 @@ def test_folders_that_are_no_checkpoint_of_pyreft(tmp_path, base):
     source = save_pyreft(tmp_path / "b", [0], [{"weight": torch.zeros(R, D)}])
     with pytest.raises(ValueError, match=r"has no tensor 'rotate_layer' \(found: weight\)"):
         convert_pyreft(source, tmp_path / "x", base, "f2")
+    (source / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has interventions \(intkey_\*\) and no config.json, as pyreft's trainer"):
+        convert_pyreft(source, tmp_path / "x", base, "f2")
+    for entry in (None, "x"):
+        source = save_pyreft(tmp_path / f"c{entry}", [0], [make_unit()])
+        config = json.loads((source / "config.json").read_text())
+        config["representations"][0][0] = entry
+        (source / "config.json").write_text(json.dumps(config | {"sorted_keys": [1]}))
+        with pytest.raises(ValueError, match=f"layer={entry!r} of a representation in config.json is no index"):
+            convert_pyreft(source, tmp_path / "x", base, "f2")
     assert not (tmp_path / "x").exists()
 
 
@@ -354,12 +426,20 @@ def test_head_of_a_classifier(tmp_path, encoder):
     assert not any("classifier" in key for key in tensors)
 
 
+def test_labels_of_a_head(tmp_path, encoder):
+    source = save_pyreft(tmp_path / "a", [0, 1], [make_unit()] * 2, component="bert.encoder.layer[{}].output")
+    head = {"classifier.weight": torch.randn(7, D), "classifier.bias": torch.randn(7)}
+    torch.save(head, source / "pytorch_model.bin")
+    _, tensors = converted(source, encoder, positions="f2", task_type="SEQ_CLS", num_labels=7)
+    assert torch.equal(tensors["base_model.model.classifier.weight"], head["classifier.weight"])
+
+
 def test_heads_that_do_not_fit(tmp_path, encoder):
     source = save_pyreft(tmp_path / "a", [0, 1], [make_unit()] * 2, component="bert.encoder.layer[{}].output")
     head = make_head(encoder)
     for wrong, message in (
         ({"heads.glue.1.weight": torch.zeros(1)}, r"'heads.glue.1.weight' \[1\], .* is no parameter of the head"),
-        (head | {"classifier.weight": torch.zeros(2, D)}, r"'classifier.weight' \[2, 32\], .* the task_type"),
+        (head | {"classifier.weight": torch.zeros(2, D)}, r"'classifier.weight' \[2, 32\], .* \(--num-labels\)"),
         (head | {"bert.pooler.dense.bias": torch.zeros(D)}, "'bert.pooler.dense.bias' .* is no parameter of the head"),
         ({"classifier.weight": head["classifier.weight"]}, "'classifier.bias' is not saved with the rest"),
     ):
@@ -476,7 +556,7 @@ def test_folders_that_are_no_checkpoint_of_adapters(tmp_path, base):
         convert_adapters(source, tmp_path / "x", base)
     (source / "adapter_config.json").write_text(json.dumps({"config": {"architecture": "reft"}}))
     with pytest.raises(
-        ValueError, match="its adapter_config.json has no dropout, non_linearity, orthogonality, prefix_"
+        ValueError, match="its adapter_config.json has no dropout, layers, non_linearity, orthogonality, prefix_"
     ):
         convert_adapters(source, tmp_path / "x", base)
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
@@ -488,6 +568,25 @@ def test_folders_that_are_no_checkpoint_of_adapters(tmp_path, base):
         convert_adapters(source, tmp_path / "x", base)
     (source / "pytorch_adapter.bin").unlink()
     with pytest.raises(ValueError, match="has no tensors in adapter.safetensors or pytorch_adapter.bin"):
+        convert_adapters(source, tmp_path / "x", base)
+    source, _ = save_adapters(tmp_path / "d", layers=[0, 2])
+    with pytest.raises(ValueError, match=r"not whole: its config has layers=\[0, 2\], and .* model.layers.2.$"):
+        convert_adapters(source, tmp_path / "x", base)
+    source, _ = save_adapters(tmp_path / "e", tied_weights=True)
+    with pytest.raises(ValueError, match="tied_weights is true, and model.layers.0 has several units"):
+        convert_adapters(source, tmp_path / "x", base)
+    source, _ = save_adapters(tmp_path / "f", non_linearity=3)
+    with pytest.raises(ValueError, match="non_linearity=3 in adapter_config.json is no name"):
+        convert_adapters(source, tmp_path / "x", base)
+    source, _ = save_adapters(tmp_path / "g")
+    tensors = torch.load(source / "pytorch_adapter.bin")
+    whole = {key: tensor for key, tensor in tensors.items() if ".layers.1." not in key}
+    torch.save(whole, source / "pytorch_adapter.bin")
+    with pytest.raises(ValueError, match="it edits all layers, and has no tensors of model.layers.1"):
+        convert_adapters(source, tmp_path / "x", base)
+    key = "model.layers.0.reft_layer.refts.name.units.0.projection.parametrizations.weight.0.base"
+    torch.save(tensors | {key: torch.zeros(R, R)}, source / "pytorch_adapter.bin")
+    with pytest.raises(ValueError, match=r"parametrizations.weight.0.base' of .* is \[3, 3\], not \[32, 32\]"):
         convert_adapters(source, tmp_path / "x", base)
     source, _ = save_adapters(tmp_path / "c", units=1)
     with pytest.raises(ValueError, match="model.layers.0, unit 1 has no tensor"):

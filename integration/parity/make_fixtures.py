@@ -41,7 +41,7 @@ GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=PAD)
 STEPS = 20
 OPTIMIZER = dict(lr=2e-2, weight_decay=0.0)
 
-SHAPE = dict(hidden_size=D, intermediate_size=32, num_attention_heads=2, initializer_range=0.3, vocab_size=VOCABULARY)
+SHAPE = dict(hidden_size=D, intermediate_size=32, num_attention_heads=2, initializer_range=0.1, vocab_size=VOCABULARY)
 MODELS = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(num_hidden_layers=3, pad_token_id=PAD, bos_token_id=2, eos_token_id=None, **SHAPE)
@@ -53,7 +53,7 @@ MODELS = {
             n_layer=2,
             n_head=2,
             n_positions=32,
-            initializer_range=0.3,
+            initializer_range=0.1,
             pad_token_id=PAD,
             bos_token_id=2,
             eos_token_id=None,

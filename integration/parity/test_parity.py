@@ -41,8 +41,8 @@ class Fixture:
         self.is_of_pyreft = case.startswith("pyreft/")
         source = FIXTURES / case / checkpoint
         if self.is_of_pyreft:
-            options = {"positions": self.told["positions"], "act_fn": self.told["options"].get("act_fn")}
-            convert_pyreft(source, folder, str(base), **options)
+            options = {name: self.told[name] for name in ("positions", "share_weights")}
+            convert_pyreft(source, folder, str(base), **options, act_fn=self.told["options"].get("act_fn"))
         else:
             intervention = {"NoReftConfig": "noreft", "DiReftConfig": "direft"}.get(self.told["config"])
             convert_adapters(source, folder, str(base), intervention)
@@ -77,7 +77,7 @@ class Fixture:
 
     @property
     def tolerance(self) -> float:
-        return 1e-5 if self.dtype == torch.float32 else 0.1  # bfloat16 has 0.03 between logits of 4 to 8
+        return 1e-5 if self.dtype == torch.float32 else 0.03  # bfloat16 has 0.008 between logits of 1 to 2
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_outputs(fixture):
     torch.testing.assert_close(outputs[seen], expected[seen], atol=fixture.tolerance, rtol=0)
     with fixture.model.disable_adapter():
         base = fixture.outputs(**{n: v for n, v in fixture.inputs().items() if n != "prompt_lengths"})
-    assert (base - expected)[seen].abs().max() > 0.1, "the edit is too small to be seen"
+    assert (base - expected)[seen].abs().max() > 0.03, "the edit is too small to be seen"
 
 
 CUT = {
@@ -134,11 +134,11 @@ def test_losses(case, tmp_path):
         losses.append(loss.detach())
     difference = (torch.stack(losses) - expected).abs()
     same = 1 if "loreft" in case and not frozen else len(expected)
-    assert expected[-1] < 0.7 * expected[0]
-    assert losses[-1] < 0.7 * losses[0]
+    assert expected[-1] < 0.92 * expected[0]
+    assert losses[-1] < 0.92 * losses[0]
     assert difference[:same].max() < 1e-4
     if same == 1:  # another parametrisation, which turns as far in a step
-        assert 1e-4 < difference[5:].max() < 0.1
+        assert 1e-4 < difference[5:].max() < 0.03
 
 
 def test_size():

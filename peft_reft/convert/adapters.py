@@ -7,11 +7,12 @@ from typing import Any
 from ..config import VARIANTS
 from ..positions import Positions
 from .edits import Edits, Tensors
-from .files import fetch, read_config, read_tensors, take, take_orthogonal
+from .files import check_shapes, fetch, read_config, read_tensors, take, take_orthogonal
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
-FIELDS = ("dropout", "non_linearity", "orthogonality", "prefix_positions", "suffix_positions", "tied_weights")
+ENDS = ("prefix_positions", "suffix_positions", "tied_weights")
+FIELDS = ("dropout", "layers", "non_linearity", "orthogonality", *ENDS)
 
 
 def read_adapters(source: str | Path, intervention: str | None) -> Edits:
@@ -26,18 +27,25 @@ def read_adapters(source: str | Path, intervention: str | None) -> Edits:
     positions = "+".join([f"f{prefix}"] * bool(prefix) + [f"l{suffix}"] * bool(suffix))
     names = Positions.parse(positions).units(tied)
     numbers = (0, 1) if len(names) == 2 else (0 if tied or prefix else 1,)  # the other of two is never run
+    modules = by_module(tensors)
+    if (layers := config["layers"]) != "all" and (not isinstance(layers, list) or len(modules) != len(layers)):
+        found = ", ".join(modules)
+        raise ValueError(f"{source} is not whole: its config has layers={layers}, and there are tensors of {found}.")
+    if tied and (other := next((module for module, found in modules.items() if len(found) > 1), None)):
+        raise ValueError(f"{source} contradicts itself: tied_weights is true, and {other} has several units.")
     units: dict[int | str, dict[str, Tensors]] = {
         module: {
             name: adapters_unit(found.get(number, {}), intervention, f"{module}, unit {number}")
             for name, number in zip(names, numbers, strict=True)
         }
-        for module, found in by_module(tensors).items()
+        for module, found in modules.items()
     }
     return Edits(
         intervention,
         positions,
         share_weights=len(names) == 1,
         units=units,
+        every_block=layers == "all",
         act_fn=adapters_activation(config["non_linearity"]),
         dropout=config["dropout"],
         head=read_tensors(folder, *HEADS) or {},
@@ -91,13 +99,15 @@ def adapters_unit(tensors: Tensors, intervention: str, where: str) -> Tensors:
     if VARIANTS[intervention].orthonormal:
         projection = take_orthogonal(tensors, "projection", where)
     else:
-        projection = take(tensors, "projection.weight", where)
-    source = {"W": take(tensors, "learned_source.weight", where), "b": take(tensors, "learned_source.bias", where)}
-    return {"R": projection} | source
+        projection = take(tensors, "projection.weight", where, dims=2)
+    weight, bias = (take(tensors, f"learned_source.{n}", where, dims) for n, dims in (("weight", 2), ("bias", 1)))
+    return check_shapes({"R": projection, "W": weight, "b": bias}, where)
 
 
 def adapters_activation(non_linearity: str | None) -> str | None:
     """The name of an activation in `transformers.activations.ACT2FN`, where adapters takes it from but for one."""
     if non_linearity is None:
         return None
+    if not isinstance(non_linearity, str):
+        raise ValueError(f"non_linearity={non_linearity!r} in adapter_config.json is no name of an activation.")
     return {"leakyrelu": "leaky_relu"}.get(non_linearity.lower(), non_linearity.lower())

@@ -60,11 +60,28 @@ def read_tensors(folder: Path, *names: str) -> Tensors | None:
     return dict(tensors)
 
 
-def take(tensors: Tensors, name: str, where: str) -> torch.Tensor:
-    """One of the tensors, in float32."""
+def take(tensors: Tensors, name: str, where: str, dims: int) -> torch.Tensor:
+    """One of the tensors, of so many dimensions, in float32."""
     if name not in tensors:
         raise ValueError(f"{where} has no tensor {name!r} (found: {', '.join(sorted(tensors)) or 'none'}).")
-    return tensors[name].float()
+    tensor = tensors[name].float()
+    if tensor.dim() != dims:
+        raise ValueError(f"{name!r} of {where} is {list(tensor.shape)}, and should have {dims} dimension(s).")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name!r} of {where} holds values that are not finite: its training diverged.")
+    return tensor
+
+
+def check_shapes(unit: Tensors, where: str) -> Tensors:
+    """The unit, if its W is [r, d] and its b [r], as its R [r, d] asks for."""
+    shape = unit["R"].shape
+    for name, expected in (("W", shape), ("b", shape[:1])):
+        if name in unit and unit[name].shape != expected:
+            raise ValueError(
+                f"The tensors of {where} do not fit each other: R is {list(shape)}, and {name} is "
+                f"{list(unit[name].shape)}, not {list(expected)}."
+            )
+    return unit
 
 
 def take_orthogonal(tensors: Tensors, name: str, where: str) -> torch.Tensor:
@@ -72,13 +89,15 @@ def take_orthogonal(tensors: Tensors, name: str, where: str) -> torch.Tensor:
 
     With its base B the weight is B Q(original), B applied to the longer side; Q is computed by torch itself.
     """
-    original = take(tensors, f"{name}.parametrizations.weight.original", where)
+    original = take(tensors, f"{name}.parametrizations.weight.original", where, dims=2)
     rows, columns = original.shape
     module = orthogonal(nn.Linear(columns, rows, bias=False), use_trivialization=False)
     with torch.no_grad():
         module.get_parameter("parametrizations.weight.original").copy_(original)
         q = cast(torch.Tensor, module.weight)
-        base = tensors.get(f"{name}.parametrizations.weight.0.base")
-        if base is None:
+        if (key := f"{name}.parametrizations.weight.0.base") not in tensors:
             return q
-        return base.float() @ q if rows >= columns else q @ base.float().mT
+        base, longer = take(tensors, key, where, dims=2), max(rows, columns)
+        if base.shape != (longer, longer):
+            raise ValueError(f"{key!r} of {where} is {list(base.shape)}, not {[longer, longer]}.")
+        return base @ q if rows >= columns else q @ base.mT

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import VARIANTS
 from ..positions import Positions
 from .edits import Edits, Tensors
-from .files import fetch, read_config, read_tensors, take, take_orthogonal
+from .files import check_shapes, fetch, read_config, read_tensors, take, take_orthogonal
 
 # The classes of pyreft/interventions.py
 INTERVENTIONS = {
@@ -21,6 +21,7 @@ INTERVENTIONS = {
     "ConsreftIntervention": "consreft",
     "LobireftIntervention": "lobireft",
 }
+TENSORS = ("weight", "bias", "rotate_layer", "proj_layer", "learned_source", "embed_dim", "interchange_dim")
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,22 @@ class Representation:
                 f"component={self.component!r}, unit={self.unit!r} cannot be converted: ReFT here edits tokens "
                 "('pos') of what a block ('block_output') or another module ('path.of.module.output') puts out."
             )
-        return re.sub(r"\[(\d+)\]", r".\1", path) if path else int(self.layer)
+        if not path and not isinstance(self.layer, int):
+            raise ValueError(f"layer={self.layer!r} of a representation in config.json is no index of a block.")
+        return re.sub(r"\[(\d+)\]", r".\1", path) if path else self.layer
 
 
 def read_pyreft(
     source: str | Path, positions: str, share_weights: bool | None, first_unit: str | None, act_fn: str | None
 ) -> Edits:
     """Read a checkpoint of pyreft; for the arguments see `convert_pyreft`."""
-    config = read_config(fetch(source, "config.json"), "config.json", "pyreft")
+    folder = fetch(source, "config.json")
+    if not (folder / "config.json").exists() and any(folder.glob("intkey_*")):
+        raise ValueError(
+            f"{source} has interventions (intkey_*) and no config.json, as pyreft's trainer writes its "
+            "checkpoints. Put the config.json beside them that `save` writes for a model of the same ReftConfig."
+        )
+    config = read_config(folder, "config.json", "pyreft")
     if not isinstance(config.get("representations"), list) or not isinstance(config.get("intervention_types"), list):
         found = ", ".join(sorted(config)[:8])
         raise ValueError(
@@ -85,14 +94,14 @@ def read_pyreft(
             raise ValueError(f"{source} is not whole: intkey_{key}.bin, which its config.json asks for, is missing.")
         interventions[key] = pyreft_unit(tensors, intervention, act_fn, f"intkey_{key}")
         keys.setdefault(module, []).append(key)
-    order = [key.replace(".", "_") for key in config.get("sorted_keys") or interventions]  # that of the locations
+    order = [str(key).replace(".", "_") for key in config.get("sorted_keys") or interventions]  # of the locations
     names = Positions.parse(positions).units(is_shared(keys, positions, share_weights))
     units = {
         module: dict(zip(names, (interventions[key] for key in in_order(own, order, first_unit)), strict=True))
         for module, own in keys.items()
     }
     head = read_tensors(folder, "pytorch_model.bin") or {}
-    return Edits(intervention, positions, len(names) == 1, units, act_fn, head=head)
+    return Edits(intervention, positions, share_weights=len(names) == 1, units=units, act_fn=act_fn, head=head)
 
 
 def pyreft_intervention(types: list[Any]) -> str:
@@ -108,26 +117,36 @@ def pyreft_intervention(types: list[Any]) -> str:
 
 def pyreft_unit(tensors: Tensors, intervention: str, act_fn: str | None, where: str) -> Tensors:
     """R, W and b of an intervention of pyreft, whose rotations are [d, r], and whose free projections [r, d]."""
+    if unknown := sorted(name for name in tensors if not name.startswith(TENSORS)):
+        raise ValueError(
+            f"{where} holds {', '.join(unknown)}, which cannot be converted: ReFT here has no such parameters. (An "
+            "activation, act_fn, can have its own.)"
+        )
     variant = VARIANTS[intervention]
     if intervention == "loreft":  # the one class that saves tensors by names of its own
-        names = {"R": "rotate_layer", "W": "weight", "b": "bias"}
-        unit = {name: take(tensors, own, where) for name, own in names.items()}
-        return unit | {"R": unit["R"].mT}
+        R, source = take(tensors, "rotate_layer", where, dims=2).mT, ""
+    elif variant.orthonormal:
+        R, source = take_orthogonal(tensors, "rotate_layer", where).mT, "learned_source."
+    else:
+        R, source = take(tensors, "proj_layer.weight", where, dims=2), "learned_source."
     if not variant.linear:
-        return {"R": take_orthogonal(tensors, "rotate_layer", where).mT, "b": take(tensors, "learned_source", where)}
-    unit = {name: take(tensors, f"learned_source.{own}", where) for name, own in (("W", "weight"), ("b", "bias"))}
-    if variant.orthonormal:
-        return unit | {"R": take_orthogonal(tensors, "rotate_layer", where).mT}
-    if variant.subtract and "proj_layer.bias" in tensors:  # act(W h + b) - (R h + bias); else pyreft ignores it
-        shift = take(tensors, "proj_layer.bias", where)
+        return check_shapes({"R": R, "b": take(tensors, "learned_source", where, dims=1)}, where)
+    unit = {"R": R, "W": take(tensors, f"{source}weight", where, 2), "b": take(tensors, f"{source}bias", where, 1)}
+    if intervention == "noreft" and "proj_layer.bias" in tensors:  # act(W h + b) - (R h + bias); direft ignores it
+        shift = take(tensors, "proj_layer.bias", where, dims=1)
         if act_fn is not None and shift.any():
             raise ValueError(f"{where} has a bias of the projection (add_bias), which act_fn={act_fn!r} keeps from b.")
         unit["b"] = unit["b"] - shift
-    return unit | {"R": take(tensors, "proj_layer.weight", where)}
+    return check_shapes(unit, where)
 
 
 def is_shared(keys: Mapping[int | str, list[str]], positions: str, share_weights: bool | None) -> bool:
-    """Whether each module has one intervention for all positions."""
+    """Whether each module has one intervention for all positions.
+
+    One where both ends are edited does not say so: for weights that are not shared, pyreft's
+    `get_intervention_locations` has the first half of the interventions edit first tokens and the others last ones,
+    in whatever modules they are.
+    """
     numbers = {len(own) for own in keys.values()}
     expected = {len(Positions.parse(positions).units(share)): share for share in (False, True)}
     if len(numbers) != 1 or numbers - expected.keys():
@@ -139,7 +158,14 @@ def is_shared(keys: Mapping[int | str, list[str]], positions: str, share_weights
     if len(expected) == 2 and share_weights not in (None, expected[number]):
         raise ValueError(
             f"share_weights={share_weights} does not fit the checkpoint, which has {number} intervention(s) for each "
-            "module: one if the first and the last tokens share their weights, else two."
+            "module: one if the first and the last tokens share their weights, else two. (If the first half of the "
+            "modules edits first tokens and the others last ones, it cannot be converted.)"
+        )
+    if len(expected) == 2 and share_weights is None and number == 1 and len(keys) % 2 == 0:
+        raise ValueError(
+            f"Each of the {len(keys)} modules has one intervention. With positions={positions!r} it edits first and "
+            "last tokens if pyreft was told share_weights=True: then say so (--share-weights). Else the first half "
+            "of the modules edits first tokens and the others last ones, which cannot be converted."
         )
     return expected[number]
 
@@ -149,13 +175,16 @@ def in_order(keys: list[str], order: list[str], first_unit: str | None) -> list[
 
     pyreft's `get_intervention_locations` gives the prefix to the first half of all interventions.
     """
+    if len(keys) < 2 and first_unit is not None:
+        raise ValueError(f"first_unit={first_unit!r} is for modules with two interventions, and here each has one.")
     if len(keys) < 2 or first_unit is not None:
         return keys[::-1] if first_unit == "suffix" else keys
     later = {*order[len(order) // 2 :]}
     if (keys[0] in later) == (keys[1] in later):
         raise ValueError(
-            f"Which of {' and '.join(keys)} edits the first tokens is not saved, and the order of all interventions "
-            "is not that of pyreft's get_intervention_locations, where those of prefixes come first. Say what the "
-            "first of the two edits: first_unit='prefix' or first_unit='suffix' (--first-unit)."
+            f"Which of {' and '.join(keys)} edits the first tokens is not saved. Locations by pyreft's "
+            "get_intervention_locations, where all for first tokens precede those for last ones, would have both edit "
+            "the same tokens, which cannot be converted. If the locations were made otherwise, say what the first of "
+            "the two edits: first_unit='prefix' or first_unit='suffix' (--first-unit)."
         )
     return keys[::-1] if keys[0] in later else keys

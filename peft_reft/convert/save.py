@@ -65,9 +65,9 @@ def with_orthonormal_rows(unit: Tensors, intervention: str, act_fn: str | None) 
     return {name: tensor.float() for name, tensor in found.items()}
 
 
-def make_base(base_model: str, task_type: str | None) -> tuple[PreTrainedModel, str | None]:
+def make_base(base_model: str, task_type: str | None, num_labels: int | None) -> tuple[PreTrainedModel, str | None]:
     """The base model on the meta device, without weights, and its task type for PEFT, None if there is none."""
-    config = AutoConfig.from_pretrained(base_model)
+    config = AutoConfig.from_pretrained(base_model, **({} if num_labels is None else {"num_labels": num_labels}))
     if task_type is None:
         architecture = next(iter(config.architectures or []), "")
         task_type = next((task for task, classes in TASKS.items() if architecture in classes.values()), None)
@@ -140,8 +140,8 @@ def head_of(edits: Edits, model: PreTrainedModel) -> Tensors:
         if not is_of_head or parameters[name].shape != tensor.shape:
             raise ValueError(
                 f"{name!r} {list(tensor.shape)}, which was trained with the edits, is no parameter of the head of "
-                f"{type(model).__name__} as the base model's config makes it. Give the task_type (--task-type) and a "
-                "base model whose config has its labels, or leave the head out: head=False (--no-head)."
+                f"{type(model).__name__} as the base model's config makes it. Give the task_type (--task-type) and, "
+                "of a classifier, its num_labels (--num-labels), or leave the head out: head=False (--no-head)."
             )
     modules = tuple(f"{name.partition('.')[0]}." for name in head)
     if missing := [name for name in parameters if name.startswith(modules) and name not in head]:
@@ -152,11 +152,17 @@ def head_of(edits: Edits, model: PreTrainedModel) -> Tensors:
     return head
 
 
-def save_adapter(edits: Edits, base_model: str, destination: str | Path, task_type: str | None, head: bool) -> None:
+def save_adapter(
+    edits: Edits, base_model: str, destination: str | Path, task_type: str | None, num_labels: int | None, head: bool
+) -> None:
     """Write a PEFT adapter: adapter_config.json, adapter_model.safetensors and README.md."""
-    model, task_type = make_base(base_model, task_type)
+    if Path(destination).is_dir() and any(Path(destination).iterdir()):
+        raise ValueError(f"{destination} is not empty: nothing there is written over. Give a folder that is new.")
+    model, task_type = make_base(base_model, task_type, num_labels)
     blocks = find_blocks(model, None)
     units = {find_module(model, blocks, module): found for module, found in edits.units.items()}
+    if edits.every_block and (missing := [block for block in blocks if block not in units]):
+        raise ValueError(f"The checkpoint is not whole: it edits all layers, and has no tensors of {missing[0]}.")
     edits = replace(edits, head=head_of(edits, model) if head else {})
     if task_type in WITH_A_HEAD and not edits.head:
         warnings.warn("No trained head is converted: the adapter uses that of the base model.", stacklevel=3)
