@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from peft_reft.cli import main
 from peft_reft.convert import convert_adapters, convert_pyreft
 from peft_reft.positions import Positions
 
@@ -139,6 +140,17 @@ def test_losses(case, tmp_path):
     assert difference[:same].max() < 1e-4
     if same == 1:  # another parametrisation, which turns as far in a step
         assert 1e-4 < difference[5:].max() < 0.03
+
+
+@pytest.mark.parametrize("peer, options", [("pyreft", "--positions f4+l3 --share-weights"), ("adapters", "")])
+def test_command(peer, options, tmp_path, capsys):
+    case = FIXTURES / peer / ("llama_shared" if peer == "pyreft" else "llama_loreft")
+    command = f"convert {peer} {case / 'checkpoint'} {tmp_path / 'by_command'} --base-model {FIXTURES / 'bases/llama'}"
+    assert main([*command.split(), *options.split()]) == 0
+    Fixture(f"{peer}/{case.name}", tmp_path / "by_function")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("by_command", "by_function")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert f"Wrote the PEFT adapter to {tmp_path / 'by_command'}." in capsys.readouterr().out
 
 
 def test_size():
