@@ -21,6 +21,7 @@ INTERVENTIONS = {
     "ConsreftIntervention": "consreft",
     "LobireftIntervention": "lobireft",
 }
+# What their state dicts hold, by how names begin
 TENSORS = ("weight", "bias", "rotate_layer", "proj_layer", "learned_source", "embed_dim", "interchange_dim")
 
 
