@@ -11,8 +11,15 @@ from .files import check_shapes, fetch, read_config, read_tensors, take, take_or
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
-ENDS = ("prefix_positions", "suffix_positions", "tied_weights")
-FIELDS = ("dropout", "layers", "non_linearity", "orthogonality", *ENDS)
+FIELDS = (
+    "dropout",
+    "layers",
+    "non_linearity",
+    "orthogonality",
+    "prefix_positions",
+    "suffix_positions",
+    "tied_weights",
+)
 
 
 def read_adapters(source: str | Path, intervention: str | None) -> Edits:

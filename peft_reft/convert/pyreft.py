@@ -176,9 +176,11 @@ def in_order(keys: list[str], order: list[str], first_unit: str | None) -> list[
 
     pyreft's `get_intervention_locations` gives the prefix to the first half of all interventions.
     """
-    if len(keys) < 2 and first_unit is not None:
-        raise ValueError(f"first_unit={first_unit!r} is for modules with two interventions, and here each has one.")
-    if len(keys) < 2 or first_unit is not None:
+    if len(keys) < 2:
+        if first_unit is not None:
+            raise ValueError(f"first_unit={first_unit!r} is for modules with two interventions; here each has one.")
+        return keys
+    if first_unit is not None:
         return keys[::-1] if first_unit == "suffix" else keys
     later = {*order[len(order) // 2 :]}
     if (keys[0] in later) == (keys[1] in later):
