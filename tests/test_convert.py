@@ -198,6 +198,9 @@ def test_bias_of_the_projection(tmp_path, base):
     assert torch.equal(tensors["0.unit.R"], unit["proj_layer.weight"])
     with pytest.raises(ValueError, match="a bias of the projection .add_bias., which act_fn='gelu' keeps from b"):
         converted(source, base, positions="f2", act_fn="gelu")
+    source = save_pyreft(tmp_path / "b", [0], [unit | {"proj_layer.bias": shift[:1].clone()}], "Noreft")
+    with pytest.raises(ValueError, match=r"proj_layer.bias\) do not fit each other: R is \[3, 32\], and b is \[1\]"):
+        converted(source, base, positions="f2")
 
 
 def test_bias_that_pyreft_does_not_use(tmp_path, base):

@@ -133,12 +133,14 @@ def pyreft_unit(tensors: Tensors, intervention: str, act_fn: str | None, where: 
     if not variant.linear:
         return check_shapes({"R": R, "b": take(tensors, "learned_source", where, dims=1)}, where)
     unit = {"R": R, "W": take(tensors, f"{source}weight", where, 2), "b": take(tensors, f"{source}bias", where, 1)}
+    unit = check_shapes(unit, where)
     if intervention == "noreft" and "proj_layer.bias" in tensors:  # act(W h + b) - (R h + bias); direft ignores it
         shift = take(tensors, "proj_layer.bias", where, dims=1)
+        check_shapes({"R": R, "b": shift}, f"{where} (b: proj_layer.bias)")
         if act_fn is not None and shift.any():
             raise ValueError(f"{where} has a bias of the projection (add_bias), which act_fn={act_fn!r} keeps from b.")
         unit["b"] = unit["b"] - shift
-    return check_shapes(unit, where)
+    return unit
 
 
 def is_shared(keys: Mapping[int | str, list[str]], positions: str, share_weights: bool | None) -> bool:
