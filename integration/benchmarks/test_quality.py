@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as Fast
 
+from peft_reft.intervention import Intervention
+
 PROTOCOL = load_protocol()
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 SIZE = {"train": 12, "validation": 6, "test": 4, "epochs": 1}
@@ -403,6 +405,29 @@ def test_logits_at_answers(data, folders):
         with at_positions(learner.base, batch.answer):
             assert torch.equal(learner.base(**inputs).logits, everywhere[batch.answer])
         assert learner.base(**inputs).logits.shape == everywhere.shape
+
+
+def test_mixed_basis(data, folders):
+    """The same matrices, of which an optimizer sees other coordinates: the same turned back."""
+    setup = make_setup("nlu", data, folders)
+    prepared = Prepared(setup, setup.family.tasks["sst2"])
+    options = options_of(PROTOCOL.contenders["loreft"], setup.family, prepared.task)
+    losses, parameters = [], []
+    for mixed in ([], ["R", "W"]):
+        job = prepared.job(options | {"init_weights": "reference", "dropout": 0.0, "mixed": mixed}, 0, [])
+        learner = make_learner(job)
+        samples = prepared.train[:4]
+        losses.append(train.loss_of(learner, job, collate(samples, job.pad, CPU), samples))
+        losses[-1].backward()
+        unit = next(module for module in learner.model.modules() if isinstance(module, Intervention))
+        parameters.append(dict(unit.named_parameters()))
+    own, other = parameters
+    assert losses[1].item() == pytest.approx(losses[0].item(), abs=1e-6)
+    basis = unit.parametrizations.R[0].basis
+    for name in ("R", "W"):
+        gradient = other[f"parametrizations.{name}.original"].grad
+        assert torch.allclose(gradient @ basis, own[name].grad, atol=1e-6)
+        assert not torch.allclose(gradient, own[name].grad, rtol=0.1)
 
 
 def test_edits_end_with_the_prompt(data, folders):

@@ -1,11 +1,12 @@
 """The contenders: a base that computes with an adapter, by PEFT or by the reference implementation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
@@ -75,10 +76,40 @@ class WithPeft(Learner):
 
 
 class WithReft(WithPeft):
-    """ReFT by this package, which is told where the prompts end."""
+    """ReFT by this package, which is told where the prompts end.
+
+    Args:
+        mixed (`Sequence[str]`): the parameters, R or W, that are trained in a basis that mixes all coordinates of
+            hidden states, as the reference's R is. They start from the same values.
+    """
+
+    def __init__(self, base: Any, config: Any, mixed: Sequence[str] = ()):
+        from peft_reft.intervention import Intervention
+
+        super().__init__(base, config)
+        for unit in [module for module in self.model.modules() if isinstance(module, Intervention)]:
+            for name in mixed:
+                register_parametrization(unit, name, MixedBasis(unit.d).to(base.device))
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         return super().inputs(batch) | {"prompt_lengths": batch.prompt_lengths}
+
+
+class MixedBasis(nn.Module):
+    """The rows of a matrix in a random basis of their space, the same for all matrices of a width."""
+
+    basis: torch.Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        free = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("basis", torch.linalg.qr(free).Q)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.basis
+
+    def right_inverse(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.basis.mT
 
 
 def make_base(job: Job) -> Any:
@@ -122,7 +153,8 @@ def make_learner(job: Job) -> Learner:
     if method == "reft":
         from peft_reft import ReftConfig
 
-        return WithReft(base, ReftConfig(**options))
+        mixed = options.pop("mixed", ())
+        return WithReft(base, ReftConfig(**options), mixed)
     from peft import LoraConfig
 
     return WithPeft(base, LoraConfig(**options, exclude_modules=rf".*\b({'|'.join(HEAD)})\b.*"))
