@@ -461,6 +461,8 @@ def test_ablations(data, folders, tmp_path):
     for name in few:
         ablations.run_ablation(replace(PROTOCOL, ablations=few), setup, "sst2", name, [0], results)
     assert [record["sized"]["rows"]["train"] for record in results.records] == [12, 12, 4, 4, 8, 8]
+    assert ablations.only(few["examples"], ["8"]) == Ablation({"8": {"train": 8}}, ["base", "loreft"])
+    assert ablations.only(few["examples"], None) == few["examples"]
     page = tmp_path / "results.md"
     render.write(page, render.render(results.records, page))
     assert "Rows: 4 to 8 train, 6 validation, 4 sst2;" in page.read_text()
@@ -522,6 +524,22 @@ def test_unlike_records_are_not_put_in_one_table(tmp_path):
     with pytest.raises(ValueError, match="rank, sst2, loreft 1.*different settings"):
         render.render([record_of() | varied, record_of(1, **contender) | varied], tmp_path / "page.md")
     render.render([record_of() | varied, record_of(**contender) | {**varied, "value": "2"}], tmp_path / "page.md")
+
+
+def test_order_of_tables():
+    """That of the protocol, not of the runs; ablations that it does not know come after those that it knows."""
+    made = [
+        record_of() | {"ablation": "rank", "value": "32"},
+        record_of() | {"ablation": "unknown", "value": "b"},
+        record_of() | {"ablation": "unknown", "value": "a"},
+        record_of() | {"ablation": "rank", "value": "2"},
+        record_of() | {"ablation": "positions", "value": "all"},
+        record_of() | {"name": "lora-r1-qv"},
+        record_of(1),
+        record_of(),
+        record_of() | {"family": "arithmetic", "task": "arithmetic"},
+    ]
+    assert render.in_order(made, PROTOCOL) == [made[at] for at in (4, 3, 0, 1, 2, 6, 7, 5, 8)]
 
 
 def test_page_keeps_what_is_written_by_hand(tmp_path):

@@ -8,6 +8,7 @@ rest. Finished runs are not run again.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from quality.protocol import Protocol, load_protocol
+from quality.protocol import Ablation, Protocol, load_protocol
 from quality.run import Prepared, Results, Setup, add_place, estimate, options_of, run_contender, setup_of
 
 # Which of n layers
@@ -38,6 +39,12 @@ def varied(setup: Setup, changes: dict[str, Any]) -> tuple[Setup, dict[str, Any]
     return replace(setup, family=replace(setup.family, training=training), size=size), options
 
 
+def only(ablation: Ablation, values: Sequence[str] | None) -> Ablation:
+    """An ablation with some of its values, or with all."""
+    kept = {value: changes for value, changes in ablation.values.items() if values is None or value in values}
+    return replace(ablation, values=kept)
+
+
 def run_ablation(protocol: Protocol, setup: Setup, task_name: str, name: str, seeds: list[int], to: Results) -> None:
     """Run one choice with all of its values."""
     ablation, task = protocol.ablations[name], setup.family.tasks[task_name]
@@ -56,17 +63,22 @@ def main() -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", required=True, help="a folder, or the Hub id of a data set")
     parser.add_argument("--ablations", nargs="+", choices=protocol.ablations, default=list(protocol.ablations))
+    parser.add_argument("--values", nargs="+", help="of these ablations; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--out", type=Path, default=Path("results/ablations.json"))
     add_place(parser)
     parser.set_defaults(size="ablation")
     args = parser.parse_args()
+    named = {name: only(protocol.ablations[name], args.values) for name in args.ablations}
+    if unknown := {*(args.values or [])} - {value for ablation in named.values() for value in ablation.values}:
+        parser.error(f"{', '.join(args.ablations)} has no value {', '.join(sorted(unknown))}")
+    protocol = replace(protocol, ablations=named)
     setup = setup_of(args, protocol.families[args.family])
     results = Results(args.out)
-    runs = sum(len(protocol.ablations[name].values) for name in args.ablations)
+    runs = sum(len(ablation.values) * len(ablation.contenders) for ablation in named.values())
     seconds = estimate(Prepared(setup, setup.family.tasks[args.task]), runs, len(args.seeds))
     print(f"about {seconds / 60:.0f} minutes, if nothing is there yet")
-    for name in args.ablations:
+    for name in named:
         run_ablation(protocol, setup, args.task, name, args.seeds, results)
 
 

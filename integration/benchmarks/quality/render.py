@@ -9,12 +9,16 @@ results/: for each family the metric against the trained parameters, and one for
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quality.protocol import Protocol, load_protocol
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -27,6 +31,24 @@ def groups(records: Iterable[Record], *keys: str) -> dict[tuple, list[Record]]:
     for record in records:
         found.setdefault(tuple(record.get(key) for key in keys), []).append(record)
     return found
+
+
+def in_order(records: Iterable[Record], protocol: Protocol) -> list[Record]:
+    """Records in the order of protocol.yaml, whichever was run first; what is not in it comes last."""
+
+    def place(record: Record) -> list[int]:
+        ablation, family = protocol.ablations.get(record["ablation"]), protocol.families.get(record["family"])
+        listed: list[tuple[Iterable[str], str]] = [
+            (protocol.ablations, record["ablation"]),
+            (protocol.families, record["family"]),
+            (family.tasks if family else (), record["task"]),
+            (ablation.values if ablation else (), record["value"]),
+            (protocol.contenders, record["name"]),
+        ]
+        places = [{name: at for at, name in enumerate(names)} for names, _ in listed]
+        return [at.get(name, len(at)) for at, (_, name) in zip(places, listed, strict=True)]
+
+    return sorted(records, key=place)
 
 
 def check_alike(records: Iterable[Record]) -> None:
@@ -227,6 +249,7 @@ def save(figure: Figure, file: Path) -> None:
 
 def render(records: list[Record], page: Path) -> str:
     """The tables, with links to the pictures that it draws beside the page."""
+    records = in_order(records, load_protocol())
     check_alike(records)
     parts = []
     for (family,), own in groups((r for r in records if not r["ablation"]), "family").items():
