@@ -40,6 +40,18 @@ VARIANTS = {
 }
 
 
+def standardized_form(variant: Variant, act_fn: str | None) -> Variant | None:
+    """Return the variant in which a standardised edit is trained, None where the units cannot change.
+
+    Without an activation, R^T (W h + b - R h) with orthonormal rows is any affine map of rank r, and so is
+    R^T (W h + b) with free ones. Between R and R^T, an activation or a constant keeps rows orthonormal in the units
+    of the hidden states.
+    """
+    if variant.linear and act_fn is None:
+        return Variant(orthonormal=False, subtract=False, linear=True)
+    return variant if variant.linear and not variant.orthonormal else None
+
+
 @dataclass
 class ReftConfig(PeftConfig):
     """
@@ -78,6 +90,9 @@ class ReftConfig(PeftConfig):
         init_weights (`bool` or `str`):
             True (default) for an edit that is zero at the start where the intervention allows it. `"reference"` for
             the draws of the paper's code. False for a random edit, to test with.
+        standardize (`bool`, *optional*):
+            Whether the edit is trained in units of each dimension's root mean square, which the first training call
+            measures. False for the paper's own parameters. None (default) for True where `init_weights` is True.
         modules_to_save (`list[str]`, *optional*):
             Modules apart from the adapter that are trained and saved, such as a classification head.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
@@ -139,6 +154,13 @@ class ReftConfig(PeftConfig):
             "of the paper's code. False: a random edit, to test with."
         },
     )
+    standardize: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the edit is trained in units of each dimension's root mean square, which the first "
+            "training call measures. None: where init_weights is True."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules apart from the adapter that are trained and saved, such as a classification head."},
@@ -177,6 +199,15 @@ class ReftConfig(PeftConfig):
             )
         if not isinstance(self.init_weights, bool) and self.init_weights != "reference":
             raise ValueError(f"init_weights={self.init_weights!r} is unknown. Choose True, 'reference' or False.")
+        if self.standardize is None:
+            self.standardize = self.init_weights is True
+        if not isinstance(self.standardize, bool):
+            raise ValueError(f"standardize={self.standardize!r} is unknown. Choose True, False or None.")
+        if self.standardize and self.init_weights == "reference":
+            raise ValueError(
+                "init_weights='reference' draws the parameters of the paper's code, which have the units of the "
+                "hidden states. Remove standardize=True."
+            )
 
     def _check_ranks(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}

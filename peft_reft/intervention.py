@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 
-from .config import Variant
+from .config import Variant, standardized_form
 from .orthogonal import orthonormal_rows
 
 # What h + projection^T (act_fn(weight h + b) - subtracted h) needs of n units: projection, weight and subtracted
@@ -23,6 +23,10 @@ Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.T
 LENGTH = 0.5
 
 
+# The rank whose rows W start at length 1. Others start at sqrt(8 / r), so that one learning rate serves every rank.
+STANDARD_RANK = 8
+
+
 class Unit(Protocol):
     """What edits hidden states: an `Intervention`, or those of the adapters of a mixed batch."""
 
@@ -33,7 +37,7 @@ class Unit(Protocol):
     def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor] | None: ...
 
     @staticmethod
-    def stack(units: Any) -> Matrices:
+    def stack(units: Any, scale: torch.Tensor | None) -> Matrices:
         """The matrices of several of the same kind, one after the other, in float32 at least."""
 
 
@@ -53,8 +57,10 @@ def projections(weight: torch.Tensor, orthonormal: bool) -> torch.Tensor:
 class Intervention(nn.Module):
     """One unit: h' = h + edit(h), with edit(h) = R^T (s(h) - R h) in LoReFT (arXiv 2404.03592, equation 2).
 
-    `R` holds what is trained and saved. Where the variant asks for orthonormal rows, the projection that is used is
+    `R` holds what is trained. Where the variant asks for orthonormal rows, the projection that is used is
     `orthonormal_rows(R)`.
+
+    A standardised unit is trained in units of the `scale` s [d] of its layer: the edit is that of R * s and W / s.
 
     Args:
         variant (`Variant`): the three switches.
@@ -62,11 +68,22 @@ class Intervention(nn.Module):
         r (`int`): rank of the edit, 1 <= r <= d.
         dropout (`float`): probability of a zero in the edited hidden state, in training.
         act_fn (`str`, *optional*): a name from `transformers.activations.ACT2FN`; the identity if None.
+        standardize (`bool`): whether the unit is standardised, where the variant allows it.
     """
 
-    def __init__(self, variant: Variant, d: int, r: int, dropout: float = 0.0, act_fn: str | None = None):
+    def __init__(
+        self,
+        variant: Variant,
+        d: int,
+        r: int,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        standardize: bool = False,
+    ):
         super().__init__()
-        self.variant, self.d, self.r = variant, d, r
+        form = standardized_form(variant, act_fn) if standardize else None
+        self.is_standardized = form is not None
+        self.variant, self.d, self.r = form or variant, d, r
         self.R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
         self.W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
         self.b = nn.Parameter(torch.empty(r, dtype=torch.float32))
@@ -82,11 +99,16 @@ class Intervention(nn.Module):
         """Draw the parameters anew.
 
         Args:
-            init_weights (`bool` or `str`): True for an edit that is zero where the variant allows it: W = R where R h
-                is subtracted, W = 0 where it is not, and b = 0. "reference" for the draws of pyreft. False for a
-                random edit that is not zero, to test with.
+            init_weights (`bool` or `str`): True for an edit that is zero where the variant allows it: R = 0 in a
+                standardised unit; else W = R where R h is subtracted, W = 0 where it is not; and b = 0. "reference"
+                for the draws of pyreft. False for a random edit that is not zero, to test with.
         """
         if self.b.is_meta:  # there is nothing to draw, only work that is done for it
+            return
+        if self.is_standardized and init_weights is True:
+            nn.init.zeros_(self.R)
+            nn.init.orthogonal_(self.W, gain=math.sqrt(STANDARD_RANK / self.r))
+            nn.init.zeros_(self.b)
             return
         if self.variant.orthonormal:
             nn.init.orthogonal_(self.R, gain=LENGTH)
@@ -143,12 +165,14 @@ class Intervention(nn.Module):
         return self.R.clone(), None if self.W is None else self.W.clone(), self.b.clone()
 
     @staticmethod
-    def stack(units: Sequence["Intervention"]) -> Matrices:
-        """The matrices of units of one adapter, in float32 at least."""
+    def stack(units: Sequence["Intervention"], scale: torch.Tensor | None) -> Matrices:
+        """The matrices of units of one adapter, in float32 at least; `scale` [d] is that of their layer."""
         rows, weights, b = zip(*(unit() for unit in units), strict=True)
         variant, subtracted = units[0].variant, None
         projection = projections(stack(rows), variant.orthonormal)
         weight = stack(weights).to(projection.dtype) if variant.linear else None
+        if units[0].is_standardized and scale is not None:
+            projection, weight = projection * scale, weight / scale  # type: ignore[operator]
         if variant.subtract and units[0].act_fn is not None:
             subtracted = projection
         elif variant.subtract:  # in one product, so that W = R makes the edit exactly zero
@@ -207,20 +231,26 @@ def masked(low_rank: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return low_rank if mask is None else torch.where(mask, low_rank, 0)
 
 
-def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def edit(
+    units: Sequence[Unit],
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Edit hidden states, each part by a unit of its own, all of one adapter or of one mixed batch.
 
     Args:
         units (`Sequence[Unit]`): the units.
         hidden_states (`torch.Tensor` [units, batch, n, d]): any floating-point dtype.
         mask (`torch.BoolTensor` [units, batch, n], *optional*): the tokens to edit; None for all.
+        scale (`torch.Tensor` [d], *optional*): the unit of each dimension in standardised units; None for ones.
 
     Returns:
         `torch.Tensor` [units, batch, n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
     """
     act_fn, dropout = units[0].act_fn, units[0].dropout
     with without_autocast(hidden_states.device):
-        matrices = units[0].stack(units)
+        matrices = units[0].stack(units, scale)
         projection, weight, subtracted, b = cast(matrices, torch.promote_types(hidden_states.dtype, matrices[0].dtype))
         given = hidden_states.reshape(len(projection), -1, hidden_states.shape[-1])
         mask = None if mask is None else mask.reshape(*given.shape[:-1], 1)

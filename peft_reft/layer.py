@@ -11,6 +11,7 @@ from .config import VARIANTS, ReftConfig
 from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
+from .scale import UNMEASURED, measure_exponents, scale_of
 
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
@@ -40,6 +41,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_suffix = nn.ModuleDict()  # and one for the last
         self.positions: dict[str, Positions] = {}
         self.merged_adapters = []
+        self.register_buffer("exponents", torch.full((d,), UNMEASURED, dtype=torch.int8))
+        self.is_measured = False  # whether `exponents` are those of a scale: asked in Python, without a sync
 
     @property
     def weight(self) -> torch.Tensor:
@@ -53,7 +56,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         positions = Positions.parse(config.positions)
         self.positions[adapter_name] = positions
         for unit in positions.units(config.share_weights):
-            intervention = Intervention(VARIANTS[config.intervention], self.d, r, config.dropout, config.act_fn)
+            variant, options = VARIANTS[config.intervention], (config.dropout, config.act_fn, config.standardize)
+            intervention = Intervention(variant, self.d, r, *options)
             if is_drawn:
                 intervention.reset_parameters(config.init_weights)
             else:
@@ -85,12 +89,33 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             return bool(self.adapters_in_use)
         return not self.disable_adapters and any(name in self.positions for name in plan.mixed_batch.names)
 
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """The unit of each dimension [d] in which standardised units are trained; None for ones."""
+        return scale_of(self.exponents) if self.is_measured else None
+
+    @torch.no_grad()
+    def measure(self, hidden_states: torch.Tensor, plan: Plan) -> None:
+        """Take the scale from hidden states [batch, tokens, d], if an adapter that is trained waits for it."""
+        units = [unit for name in self.adapters_in_use for unit in self.units(name).values() if unit.is_standardized]
+        if not units or getattr(self, "_is_replica", False):  # nn.DataParallel keeps nothing that replicas find
+            return
+        is_edited = torch.stack([unit()[0].any() for unit in units]).any()
+        counted = plan.counted(*hidden_states.shape[:2], hidden_states.device)
+        self.exponents.copy_(measure_exponents(hidden_states, counted, is_edited))
+        self.is_measured = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}exponents" in state_dict:
+            self.is_measured = bool((self.exponents != UNMEASURED).any())
+
     def edits(self, plan: Plan) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
         """The choices of positions that are edited in a call, one after the other, each with its units by name."""
         if plan.mixed_batch is None:
             yield from ((self.positions[name], self.units(name)) for name in self.adapters_in_use)
         else:
-            yield plan.mixed_batch.edits(self, self.positions, self.units)
+            yield plan.mixed_batch.edits(self, self.positions, self.units, self.scale)
 
     def forward(self, hidden_states: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Edit what the module put out.
@@ -102,11 +127,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         Returns:
             `torch.Tensor` [batch, tokens, d]: the same but at the edited tokens.
         """
+        if self.training and not self.is_measured:
+            self.measure(hidden_states, plan)
+        scale = self.scale
         for positions, units in self.edits(plan):
             batch, tokens = hidden_states.shape[:2]
             rows = plan.rows(positions, tuple(units), batch, tokens, hidden_states.device)
             for some in rows:
-                hidden_states = edit_rows(hidden_states, units, some)
+                hidden_states = edit_rows(hidden_states, units, some, scale)
         return hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -182,16 +210,19 @@ class PutRows(torch.autograd.Function):
         return gradient, gradient[ctx.saved_tensors], None, None
 
 
-def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows) -> torch.Tensor:
+def edit_rows(
+    hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Edit some tokens: take them, edit, put back.
 
     Args:
         hidden_states (`torch.Tensor` [batch, tokens, d]): all tokens.
         units (`Mapping[str, Unit]`): the adapter's units by name.
         rows (`Rows`): the tokens that some of them edit.
+        scale (`torch.Tensor` [d], *optional*): that of the layer.
     """
     own = [units[name] for name in rows.units]
     if rows.indices is None:
-        return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
+        return edit(own, hidden_states.unsqueeze(0), rows.mask, scale).squeeze(0)
     taken, left = TakeRows.apply(hidden_states, *rows.indices)
-    return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)
+    return PutRows.apply(left, edit(own, taken, rows.mask, scale), *rows.indices)

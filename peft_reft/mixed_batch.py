@@ -28,16 +28,17 @@ class UnitsOfRows:
     Args:
         units (`Sequence[Intervention]`): the units, all of the same width.
         choices (`Sequence[int]`): for each row, or group of rows, the index of its unit.
+        scale (`torch.Tensor` [d], *optional*): that of their layer.
     """
 
     training, dropout = False, nn.Dropout(0)  # a mixed batch is refused in training
 
-    def __init__(self, units: Sequence[Intervention], choices: Sequence[int]):
+    def __init__(self, units: Sequence[Intervention], choices: Sequence[int], scale: torch.Tensor | None):
         order, stacks = [], []
         rank = max(unit.r for unit in units)
         for members in _alike(units):
             order += members
-            stacks.append(_stack([units[index] for index in members], rank))
+            stacks.append(_stack([units[index] for index in members], rank, scale))
         projection, weight, b = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*stacks, strict=True))
         device = b.device
         units = [units[index] for index in order]
@@ -58,8 +59,11 @@ class UnitsOfRows:
         self.weight = weight - projection * subtract  # in one product, as in `Intervention`
 
     @staticmethod
-    def stack(units: Sequence["UnitsOfRows"]) -> Matrices:
-        """The matrices of all rows, or groups of rows, for the first of `units`, then for the next."""
+    def stack(units: Sequence["UnitsOfRows"], scale: torch.Tensor | None) -> Matrices:
+        """The matrices of all rows, or groups of rows, for the first of `units`, then for the next.
+
+        `scale` is in them already.
+        """
         matrices = zip(*((unit.projection, unit.weight, unit.subtracted, unit.b) for unit in units), strict=True)
         choices = [unit.choices for unit in units]
         return tuple(  # type: ignore[return-value]
@@ -79,17 +83,22 @@ def _alike(units: Sequence[Intervention]) -> Iterable[list[int]]:
     """The indices of units that can be stacked as they are."""
     groups: dict[Any, list[int]] = {}
     for index, unit in enumerate(units):
-        groups.setdefault((unit.variant.orthonormal, unit.R.shape, unit.R.dtype), []).append(index)
+        kind = unit.variant.orthonormal, unit.is_standardized, unit.R.shape, unit.R.dtype
+        groups.setdefault(kind, []).append(index)
     return groups.values()
 
 
-def _stack(units: Sequence[Intervention], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _stack(
+    units: Sequence[Intervention], rank: int, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projections and weights [units, rank, d] and biases [units, rank], with zeros up to the rank."""
     rows = torch.stack([unit.R for unit in units])
     projection = projections(rows, units[0].variant.orthonormal)
     weight = torch.stack([torch.zeros_like(unit.R) if unit.W is None else unit.W for unit in units])
     b = torch.stack([unit.b for unit in units])
     weight, b, missing = weight.to(projection.dtype), b.to(projection.dtype), rank - rows.shape[1]
+    if units[0].is_standardized and scale is not None:
+        projection, weight = projection * scale, weight / scale
     if missing:
         projection, weight = (nn.functional.pad(matrix, (0, 0, 0, missing)) for matrix in (projection, weight))
         b = nn.functional.pad(b, (0, missing))
@@ -128,7 +137,11 @@ class MixedBatch:
         return batch // len(self.names)
 
     def edits(
-        self, layer: nn.Module, positions: Mapping[str, Positions], units_of: Callable[[str], dict[str, Intervention]]
+        self,
+        layer: nn.Module,
+        positions: Mapping[str, Positions],
+        units_of: Callable[[str], dict[str, Intervention]],
+        scale: torch.Tensor | None,
     ) -> tuple[PositionsOfRows, dict[str, UnitsOfRows]]:
         """What the batch's adapters edit in a layer, made once for as long as the batch lasts.
 
@@ -136,6 +149,7 @@ class MixedBatch:
             layer (`nn.Module`): the layer.
             positions (`Mapping[str, Positions]`): the positions of each adapter that it has.
             units_of (`Callable`): gives the units of an adapter.
+            scale (`torch.Tensor` [d], *optional*): that of the layer.
         """
         if layer not in self._edits:
             adapters = [name for name in dict.fromkeys(self.names) if name in positions]
@@ -143,7 +157,7 @@ class MixedBatch:
             choices = [adapters.index(name) if name in adapters else 0 for name in self.names]
             slots = ("prefix", "suffix") if any(len(units[name]) == 2 for name in adapters) else ("unit",)
             stacked = {
-                slot: UnitsOfRows([units[name].get(slot) or units[name]["unit"] for name in adapters], choices)
+                slot: UnitsOfRows([units[name].get(slot) or units[name]["unit"] for name in adapters], choices, scale)
                 for slot in slots
             }
             self._edits[layer] = PositionsOfRows(tuple(map(positions.get, self.names))), stacked

@@ -14,7 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .call import Call
 from .mixed_batch import MixedBatch
 from .per_thread import PerThread
-from .positions import AnyPositions, Rows, to_rows
+from .positions import AnyPositions, Positions, Rows, to_rows
+
+EVERYWHERE = Positions.parse("all")
 
 _current = PerThread()
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
@@ -65,6 +67,17 @@ class Plan:
         rows = self._find_rows(positions, units, batch, tokens, device)
         found.append((batch, tokens, rows))
         return rows
+
+    def counted(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """Mark the tokens [batch, tokens] that tell the size of hidden states.
+
+        Padding does not, nor does the first token of a sequence, whose hidden states may be a hundred times larger.
+        """
+        spans = self.call.prompts(EVERYWHERE, batch, tokens, device)
+        if spans is None:
+            return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        later = spans.valid & (spans.rank > 0)
+        return torch.where(later.any(), later, spans.valid)
 
     def _find_rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device

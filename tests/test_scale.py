@@ -1,0 +1,158 @@
+import copy
+import math
+
+import pytest
+import torch
+from by_hand import VOCABULARY, labels_of, make_llama, random_ids
+from peft import get_peft_model
+
+from peft_reft import ReftConfig
+from peft_reft.scale import UNMEASURED, measure_exponents, scale_of
+
+D = 8
+
+
+def adapt(base=None, **options):
+    torch.manual_seed(1)
+    config = ReftConfig(**{"task_type": "CAUSAL_LM", "r": 2, "positions": "f2+l2"} | options)
+    return get_peft_model(base or make_llama(), config)
+
+
+def layers(model):
+    return [block.reft for block in model.get_base_model().model.layers]
+
+
+def units(model, adapter="default"):
+    return [unit for layer in layers(model) for unit in layer.units(adapter).values()]
+
+
+def exponents_by_hand(rows):
+    """Of hidden states, a list of rows of floats: the exponents of the root mean squares, in plain Python."""
+    rms = [math.sqrt(sum(row[i] ** 2 for row in rows) / len(rows)) for i in range(len(rows[0]))]
+    positive = sorted(value for value in rms if value > 0)
+    floor = positive[(len(positive) - 1) // 2] / 16 if positive else 1.0
+    return [round(math.log2(max(value, floor))) for value in rms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exponents(dtype):
+    hidden_states = (torch.randn(2, 5, D) * torch.logspace(-2, 3, D)).to(dtype)
+    counted = torch.tensor([[False, True, True, True, False], [True] * 5])
+    found = measure_exponents(hidden_states, counted, torch.tensor(False))
+    assert found.dtype == torch.int8
+    assert found.tolist() == exponents_by_hand(hidden_states[counted].double().tolist())
+    assert torch.equal(scale_of(found), torch.tensor([2.0**e for e in found.tolist()]))
+
+
+def test_dimensions_that_are_zero_or_constant():
+    hidden_states = torch.randn(1, 6, D)
+    hidden_states[..., 0], hidden_states[..., 1] = 0.0, 40.0
+    found = measure_exponents(hidden_states, torch.ones(1, 6, dtype=torch.bool), torch.tensor(False))
+    assert found.tolist() == exponents_by_hand(hidden_states[0].double().tolist())
+    assert found[1] == 5 and -6 < found[0] < -2
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_tokens_that_are_not_finite_are_left_out(wrong):
+    hidden_states = torch.randn(1, 6, D)
+    expected = exponents_by_hand(hidden_states[0, 1:].double().tolist())
+    hidden_states[0, 0, 3] = wrong
+    found = measure_exponents(hidden_states, torch.ones(1, 6, dtype=torch.bool), torch.tensor(False))
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("case", ["nothing counted", "all zero", "edited"])
+def test_ones_where_nothing_can_be_measured(case):
+    hidden_states = torch.zeros(1, 4, D) if case == "all zero" else 100 * torch.randn(1, 4, D)
+    counted = torch.full((1, 4), case != "nothing counted")
+    found = measure_exponents(hidden_states, counted, torch.tensor(case == "edited"))
+    assert not found.any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_measured_in_the_first_training_call(side):
+    """Without padding and without each row's first token, before any edit; later calls change nothing."""
+    base, ids = make_llama(), random_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    model = adapt(copy.deepcopy(base))
+    with torch.no_grad():
+        model.eval()(input_ids=ids, attention_mask=mask)
+    assert all((layer.exponents == UNMEASURED).all() and layer.scale is None for layer in layers(model))
+    states = []
+    handles = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in base.model.layers]
+    base(input_ids=ids, attention_mask=mask)
+    [handle.remove() for handle in handles]
+    model.train()(input_ids=ids, attention_mask=mask, labels=labels_of(ids, [(8, 9)], [(8, 9)])).loss.backward()
+    first = mask.cumsum(1) == 1
+    for layer, state in zip(layers(model), states, strict=True):
+        assert layer.exponents.tolist() == exponents_by_hand(state[mask.bool() & ~first].double().tolist())
+        assert torch.equal(layer.scale, 2.0 ** layer.exponents.float())
+    before = [layer.exponents.clone() for layer in layers(model)]
+    model(input_ids=ids.flip(1), labels=labels_of(ids, [(4, 9)], [(4, 9)])).loss.backward()
+    assert all(torch.equal(layer.exponents, e) for layer, e in zip(layers(model), before, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_gradients_are_those_of_the_scaled_edit(checkpointing):
+    """Of s R^T (W h / s + b) by autograd on the base model, in the call that measures, too."""
+    base, ids = make_llama(1), random_ids()
+    model = adapt(copy.deepcopy(base), positions="all").train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    labels = labels_of(ids, [(4, 9)], [(4, 12)])
+    model(input_ids=ids, labels=labels).loss.backward()
+    (unit,), scale = units(model), layers(model)[0].scale
+    R, W, b = (p.detach().clone().requires_grad_() for p in (unit.R, unit.W, unit.b))
+
+    def hook(module, args, output):
+        return output + scale * (((output / scale) @ W.T + b) @ R)
+
+    handle = base.model.layers[0].register_forward_hook(hook)
+    base(input_ids=ids, labels=labels).loss.backward()
+    handle.remove()
+    assert R.grad.abs().max() > 1e-3 and not W.grad.any()
+    for found, expected in zip((unit.R, unit.W, unit.b), (R, W, b), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_later_adapter_has_the_scale_of_the_first():
+    """So that a copy of the tensors (TRL's reference adapter) computes the same."""
+    ids = random_ids()
+    labels = labels_of(ids, [(4, 9)], [(4, 12)])
+    model = adapt().train()
+    model(input_ids=ids, labels=labels).loss.backward()
+    [unit.R.data.normal_() for unit in units(model)]
+    expected = model.eval()(input_ids=ids).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_an_edit_that_is_not_zero_keeps_its_units():
+    ids = random_ids()
+    model = adapt(standardize=True, init_weights=False).eval()
+    before = model(input_ids=ids).logits
+    model.train()(input_ids=ids, labels=labels_of(ids, [(4, 9)], [(4, 12)])).loss.backward()
+    assert torch.equal(model.eval()(input_ids=ids).logits, before)
+    assert not any(layer.exponents.any() for layer in layers(model))
+
+
+def test_weight_decay_leaves_an_untrained_edit_at_zero():
+    ids = torch.randint(2, VOCABULARY, (2, 12))
+    model = adapt()
+    expected = model.eval()(input_ids=ids).logits
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    before = [p.clone() for p in trained]
+    for _ in range(1000):
+        optimizer.step()
+    assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True)), "nothing has decayed"
+    assert torch.equal(model(input_ids=ids).logits, expected)
