@@ -30,6 +30,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         architecture (`str`): what transformers calls the model that the module is part of, which tells their layout.
     """
 
+    exponents: torch.Tensor | None
     adapter_layer_names = ("reft_unit", "reft_prefix", "reft_suffix")
     other_param_names = ("positions",)
 
@@ -41,8 +42,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_suffix = nn.ModuleDict()  # and one for the last
         self.positions: dict[str, Positions] = {}
         self.merged_adapters = []
-        self.register_buffer("exponents", torch.full((d,), UNMEASURED, dtype=torch.int8))
-        self.is_measured = False  # whether `exponents` are those of a scale: asked in Python, without a sync
+        self.register_buffer("exponents", None)  # of the scale, once there is a standardised unit
+        self.is_measured = False  # whether they tell: asked in Python, without a sync
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,6 +65,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 for parameter in intervention.parameters():
                     nn.init.zeros_(parameter)
             getattr(self, f"reft_{unit}")[adapter_name] = intervention
+            if intervention.is_standardized and self.exponents is None:
+                self.exponents = torch.full((self.d,), UNMEASURED, dtype=torch.int8)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def units(self, adapter_name: str) -> dict[str, Intervention]:
@@ -107,7 +110,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}exponents" in state_dict:
+        if self.exponents is not None and f"{prefix}exponents" in state_dict:
             self.is_measured = bool((self.exponents != UNMEASURED).any())
 
     def edits(self, plan: Plan) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
