@@ -269,14 +269,12 @@ def check_names(
         if isinstance(module, TrainableTokensWrapper) or (embeddings and name.endswith(embeddings)):
             keys.append(f"{plain_name(name)}.token_adapter.trainable_tokens_delta")
     for name in adapter_names:
-        # A PeftModel puts "base_model.model." before all keys: if all have the name, PEFT leaves out none.
-        key = next(
-            (k for k in keys if name in k.split(".")[1:] or (name != "model" and k.startswith(f"{name}."))), None
-        )
+        # "base_model.model." precedes all keys of a PeftModel: where all have the name, PEFT leaves out none.
+        key = next((key for key in keys if name in key.split(".")[name == "model" :]), None)
         if key is not None:
             raise ValueError(
-                f"An adapter cannot be called {name!r} here: that is a part of {key!r}, and PEFT does not save tensors "
-                "whose key has the name of another adapter in it. Choose another adapter_name."
+                f"An adapter cannot be called {name!r} here: that is a part of {key!r}, and PEFT does not save a key "
+                "that has the name of another adapter in it. Choose another adapter_name."
             )
 
 

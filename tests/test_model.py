@@ -693,7 +693,7 @@ NAMES += ["unit", "default2", "def", "a_b", "my-adapter", "with space", "x/y", "
 @pytest.mark.filterwarnings("ignore:Adapter name:UserWarning")  # PEFT's, of a name that its prefix begins with
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_adapters(tmp_path, ids, name):
-    """Two adapters, saved, loaded, switched, mixed in a batch and deleted, edit as by hand whatever they are called."""
+    """Adapters that are saved, loaded, switched, mixed in a batch and deleted edit as by hand under any name."""
     kinds = {"default": config(), name: config(positions="l1", r=2)}
     columns = {"default": {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, name: {"unit": [[11]] * 2}}
     model = get_peft_model(make_llama(), kinds["default"])
