@@ -1,13 +1,18 @@
 """`ReftModel`: the tuner that gives the modules of a model their `ReftLayer`s."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    _get_input_embeddings_name,
+)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,7 +21,7 @@ from transformers import PreTrainedModel
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .intervention import Intervention
-from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
+from .layer import CANNOT_MERGE, LAYER, TENSORS, UNITS, Key, ReftLayer, adapted_modules, base_modules, layer_of
 from .layout import architecture_of
 from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
@@ -81,8 +86,10 @@ class ReftModel(BaseTuner):
     ) -> None:
         """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
         if state_dict is not None:  # PEFT reads from its keys which modules to adapt
+            keys = {key: Key.read(key) for key in state_dict}
             state_dict = {
-                key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
+                key if own is None else f"{own.module}.{self.prefix}{own.unit}.{own.tensor}": state_dict[key]
+                for key, own in keys.items()
             }
         refuse_sharded(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -99,6 +106,7 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         self._targets = find_targets(model, peft_config)  # all that can be wrong is found here, before any change
+        check_names(model, peft_config, self._targets, self.peft_config)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
         return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
@@ -224,8 +232,8 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     if hooks:  # accelerate's: offloaded parameters lie on meta until the module, or its part, is called
         executing = (getattr(hook, "execution_device", None) for hook in hooks)
         device = next((device for device in executing if device is not None), torch.device("cpu"))
-    if device is not None and layer.exponents is not None:
-        layer.exponents = layer.exponents.to(device)
+    if device is not None and layer._exponents is not None:
+        layer._exponents = layer._exponents.to(device)
     for unit in layer.units(adapter_name).values():
         if not unit.b.is_meta and (dtype is not None or unit.b.device != device):
             unit.to(device=device, dtype=dtype)
@@ -237,6 +245,41 @@ def refuse_sharded(model: nn.Module) -> None:
         raise ValueError("Add adapters before FSDP shards the model: those added later are not kept the same.")
 
 
+def check_names(
+    model: nn.Module, peft_config: ReftConfig, targets: Iterable[str], adapter_names: Iterable[str]
+) -> None:
+    """Raise a ValueError if the name of an adapter is a part of the keys of what adapters save.
+
+    PEFT leaves out of an adapter's state dict each key of which another adapter's name is a part, but for the first.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        peft_config (`ReftConfig`): the config of the adapter that is added.
+        targets (`Iterable[str]`): the names of the modules that it adapts.
+        adapter_names (`Iterable[str]`): the names of all adapters, this one included.
+    """
+    modules = [plain_name(name) for name in (*targets, *adapted_modules(model))]
+    keys = [str(Key(module, unit, tensor)) for module in modules for unit in UNITS for tensor in TENSORS]
+    saved, trained = tuple(peft_config.modules_to_save or ()), peft_config.trainable_token_indices
+    if isinstance(trained, list):
+        trained = (_get_input_embeddings_name(model, "embed_tokens"),)
+    embeddings = tuple(trained or ())
+    for name, module in base_modules(model):
+        if isinstance(module, ModulesToSaveWrapper) or (saved and name.endswith(saved)):
+            own = getattr(module, "original_module", module).state_dict()
+            keys += [f"{plain_name(name)}.modules_to_save.{key}" for key in own]
+        if isinstance(module, TrainableTokensWrapper) or (embeddings and name.endswith(embeddings)):
+            keys.append(f"{plain_name(name)}.token_adapter.trainable_tokens_delta")
+    for name in adapter_names:
+        # "base_model.model." precedes all keys of a PeftModel: where all have the name, PEFT leaves out none.
+        key = next((key for key in keys if name in key.split(".")[name == "model" :]), None)
+        if key is not None:
+            raise ValueError(
+                f"An adapter cannot be called {name!r} here: that is a part of {key!r}, and PEFT does not save a key "
+                "that has the name of another adapter in it. Choose another adapter_name."
+            )
+
+
 def plain_name(name: str) -> str:
     """The name of a module or parameter without those of wrappers around its parents, as state dicts have it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -245,10 +288,9 @@ def plain_name(name: str) -> str:
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
     """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
     for name, (_, layer) in adapted_modules(model).items():
-        prefix = f"{plain_name(name)}.{LAYER}"
         for unit, intervention in layer.units(adapter_name).items():
-            for key in intervention.shapes():
-                yield f"{prefix}.reft_{unit}.{adapter_name}.{key}", intervention, key
+            for tensor in intervention.shapes():
+                yield str(Key(plain_name(name), unit, tensor, adapter_name)), intervention, tensor
 
 
 def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
@@ -287,7 +329,7 @@ def check_checkpoint(
     adapter_name: str, needed: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]
 ) -> None:
     """Raise a ValueError unless a checkpoint has just the tensors that the adapter needs."""
-    given = {key: tensor for key, tensor in state_dict.items() if f".{LAYER}.reft_" in key}
+    given = {key: tensor for key, tensor in state_dict.items() if Key.read(key) is not None}
     problems = [f"{key} is missing" for key in needed.keys() - given.keys()]
     problems += [f"{key} has no place" for key in given.keys() - needed.keys()]
     problems += wrong_shapes(needed, given)

@@ -21,7 +21,7 @@ from .card import describe_use
 from .checkpoints import STATE
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import adapted_modules
+from .layer import Key, adapted_modules
 from .model import ReftModel, misfit
 from .quantized import keep_dtypes
 from .registration import REFT
@@ -179,8 +179,8 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     added = [name for name in model.peft_config if name not in before]
     if not any(model.peft_config[name].peft_type == REFT for name in added):
         return info
-    problems = [f"{key} is missing" for key in info.missing_keys if ".reft_" in key]
-    problems += [f"{key} has no place" for key in info.unexpected_keys if ".reft_" in key]
+    problems = [f"{key} is missing" for key in info.missing_keys if Key.read(key)]
+    problems += [f"{key} has no place" for key in info.unexpected_keys if Key.read(key)]
     try:
         refuse_disk(model, added)
         if problems:

@@ -19,7 +19,7 @@ def adapt(base=None, **options):
 
 
 def layers(model):
-    return [block.reft for block in model.get_base_model().model.layers]
+    return [block._reft for block in model.get_base_model().model.layers]
 
 
 def units(model, adapter="default"):
@@ -79,7 +79,7 @@ def test_measured_in_the_first_training_call(side):
     model = adapt(copy.deepcopy(base))
     with torch.no_grad():
         model.eval()(input_ids=ids, attention_mask=mask)
-    assert all((layer.exponents == UNMEASURED).all() and layer.scale is None for layer in layers(model))
+    assert all((layer._exponents == UNMEASURED).all() and layer.scale is None for layer in layers(model))
     states = []
     handles = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in base.model.layers]
     base(input_ids=ids, attention_mask=mask)
@@ -87,11 +87,11 @@ def test_measured_in_the_first_training_call(side):
     model.train()(input_ids=ids, attention_mask=mask, labels=labels_of(ids, [(8, 9)], [(8, 9)])).loss.backward()
     first = mask.cumsum(1) == 1
     for layer, state in zip(layers(model), states, strict=True):
-        assert layer.exponents.tolist() == exponents_by_hand(state[mask.bool() & ~first].double().tolist())
-        assert torch.equal(layer.scale, 2.0 ** layer.exponents.float())
-    before = [layer.exponents.clone() for layer in layers(model)]
+        assert layer._exponents.tolist() == exponents_by_hand(state[mask.bool() & ~first].double().tolist())
+        assert torch.equal(layer.scale, 2.0 ** layer._exponents.float())
+    before = [layer._exponents.clone() for layer in layers(model)]
     model(input_ids=ids.flip(1), labels=labels_of(ids, [(4, 9)], [(4, 9)])).loss.backward()
-    assert all(torch.equal(layer.exponents, e) for layer, e in zip(layers(model), before, strict=True))
+    assert all(torch.equal(layer._exponents, e) for layer, e in zip(layers(model), before, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
@@ -140,7 +140,7 @@ def test_an_edit_that_is_not_zero_keeps_its_units():
     before = model(input_ids=ids).logits
     model.train()(input_ids=ids, labels=labels_of(ids, [(4, 9)], [(4, 12)])).loss.backward()
     assert torch.equal(model.eval()(input_ids=ids).logits, before)
-    assert not any(layer.exponents.any() for layer in layers(model))
+    assert not any(layer._exponents.any() for layer in layers(model))
 
 
 def test_weight_decay_leaves_an_untrained_edit_at_zero():

@@ -57,7 +57,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
 base = LlamaForCausalLM(LlamaConfig(**shape))
 model = get_peft_model(base, peft_reft.ReftConfig(r=2, task_type="CAUSAL_LM"))
-unit = base.model.layers[0].reft.units("default")["prefix"]
+unit = base.model.layers[0]._reft.units("default")["prefix"]
 unit.keep_dtype()  # as in a quantized model, which the Trainer does not move
 base.quantization_method = "bitsandbytes"
 for parameter in unit.parameters():
