@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from .config import Variant, standardized_form
 from .orthogonal import orthonormal_rows
+from .scale import UNMEASURED, scale_of
 
 # What h + projection^T (act_fn(weight h + b) - subtracted h) needs of n units: projection, weight and subtracted
 # [n, r, d], of which the latter two are None for zero, and b [n, 1, r]
@@ -23,7 +24,7 @@ Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.T
 LENGTH = 0.5
 
 
-# The rank whose rows W start at length 1. Others start at sqrt(8 / r), so that one learning rate serves every rank.
+# The rank whose rows of W start at length 1. Others start at sqrt(8 / r), so that one learning rate serves every rank.
 STANDARD_RANK = 8
 
 
@@ -37,7 +38,7 @@ class Unit(Protocol):
     def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor] | None: ...
 
     @staticmethod
-    def stack(units: Any, scale: torch.Tensor | None) -> Matrices:
+    def stack(units: Any) -> Matrices:
         """The matrices of several of the same kind, one after the other, in float32 at least."""
 
 
@@ -57,10 +58,10 @@ def projections(weight: torch.Tensor, orthonormal: bool) -> torch.Tensor:
 class Intervention(nn.Module):
     """One unit: h' = h + edit(h), with edit(h) = R^T (s(h) - R h) in LoReFT (arXiv 2404.03592, equation 2).
 
-    `R` holds what is trained. Where the variant asks for orthonormal rows, the projection that is used is
+    `R` holds what is trained and saved. Where the variant asks for orthonormal rows, the projection that is used is
     `orthonormal_rows(R)`.
 
-    A standardised unit is trained in units of the `scale` s [d] of its layer: the edit is that of R * s and W / s.
+    A standardised unit is trained in units of the scale s [d] of hidden states: its edit is that of R * s and W / s.
 
     Args:
         variant (`Variant`): the three switches.
@@ -70,6 +71,8 @@ class Intervention(nn.Module):
         act_fn (`str`, *optional*): a name from `transformers.activations.ACT2FN`; the identity if None.
         standardize (`bool`): whether the unit is standardised, where the variant allows it.
     """
+
+    _exponents: torch.Tensor | None
 
     def __init__(
         self,
@@ -83,7 +86,10 @@ class Intervention(nn.Module):
         super().__init__()
         form = standardized_form(variant, act_fn) if standardize else None
         self.is_standardized = form is not None
+        self.waits_for_scale = self.is_standardized  # until the first training call in this process
         self.variant, self.d, self.r = form or variant, d, r
+        unmeasured = torch.full((d,), UNMEASURED, dtype=torch.int8) if self.is_standardized else None
+        self.register_buffer("_exponents", unmeasured)
         self._R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
         self._W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
         self._b = nn.Parameter(torch.empty(r, dtype=torch.float32))
@@ -108,6 +114,11 @@ class Intervention(nn.Module):
     def b(self) -> nn.Parameter:
         return self._b
 
+    @property
+    def exponents(self) -> torch.Tensor | None:
+        """Those of the scale (`torch.CharTensor` [d]), -128 until it is measured; None if not standardised."""
+        return self._exponents
+
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
         """Draw the parameters anew.
@@ -121,7 +132,7 @@ class Intervention(nn.Module):
             return
         if self.is_standardized and init_weights is True:
             nn.init.zeros_(self.R)
-            nn.init.orthogonal_(self.W, gain=math.sqrt(STANDARD_RANK / self.r))
+            nn.init.orthogonal_(self.W, gain=math.sqrt(STANDARD_RANK / self.r))  # type: ignore[arg-type]
             nn.init.zeros_(self.b)
             return
         if self.variant.orthonormal:
@@ -167,8 +178,12 @@ class Intervention(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that its tensors have when they are whole, whatever of them lies on this device."""
-        shapes: dict[str, tuple[int, ...]] = {"R": (self.r, self.d), "W": (self.r, self.d), "b": (self.r,)}
-        return shapes if self.variant.linear else {name: shapes[name] for name in ("R", "b")}
+        shapes: dict[str, tuple[int, ...]] = {"R": (self.r, self.d), "b": (self.r,)}
+        if self.variant.linear:
+            shapes["W"] = (self.r, self.d)
+        if self.is_standardized:
+            shapes["exponents"] = (self.d,)
+        return shapes
 
     def projection(self) -> torch.Tensor:
         """The projection R [r, d] that is used, in float32 at least."""
@@ -179,14 +194,14 @@ class Intervention(nn.Module):
         return self.R.clone(), None if self.W is None else self.W.clone(), self.b.clone()
 
     @staticmethod
-    def stack(units: Sequence["Intervention"], scale: torch.Tensor | None) -> Matrices:
-        """The matrices of units of one adapter, in float32 at least; `scale` [d] is that of their layer."""
+    def stack(units: Sequence["Intervention"]) -> Matrices:
+        """The matrices of units of one adapter, in float32 at least."""
         rows, weights, b = zip(*(unit() for unit in units), strict=True)
         variant, subtracted = units[0].variant, None
         projection = projections(stack(rows), variant.orthonormal)
         weight = stack(weights).to(projection.dtype) if variant.linear else None
-        if units[0].is_standardized and scale is not None:
-            projection, weight = projection * scale, weight / scale  # type: ignore[operator]
+        if units[0].is_standardized:
+            projection, weight = in_units_of_states(projection, weight, units)
         if variant.subtract and units[0].act_fn is not None:
             subtracted = projection
         elif variant.subtract:  # in one product, so that W = R makes the edit exactly zero
@@ -195,6 +210,14 @@ class Intervention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, d={self.d}, {self.variant}"
+
+
+def in_units_of_states(
+    projection: torch.Tensor, weight: Any, units: Sequence[Intervention]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices [units, r, d] of standardised units, in the units of the hidden states. Exact: s is powers of two."""
+    scale = scale_of(stack([unit.exponents for unit in units])).unsqueeze(1)  # type: ignore[misc]
+    return projection * scale, weight / scale
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -245,26 +268,20 @@ def masked(low_rank: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return low_rank if mask is None else torch.where(mask, low_rank, 0)
 
 
-def edit(
-    units: Sequence[Unit],
-    hidden_states: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Edit hidden states, each part by a unit of its own, all of one adapter or of one mixed batch.
 
     Args:
         units (`Sequence[Unit]`): the units.
         hidden_states (`torch.Tensor` [units, batch, n, d]): any floating-point dtype.
         mask (`torch.BoolTensor` [units, batch, n], *optional*): the tokens to edit; None for all.
-        scale (`torch.Tensor` [d], *optional*): the unit of each dimension in standardised units; None for ones.
 
     Returns:
         `torch.Tensor` [units, batch, n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
     """
     act_fn, dropout = units[0].act_fn, units[0].dropout
     with without_autocast(hidden_states.device):
-        matrices = units[0].stack(units, scale)
+        matrices = units[0].stack(units)
         projection, weight, subtracted, b = cast(matrices, torch.promote_types(hidden_states.dtype, matrices[0].dtype))
         given = hidden_states.reshape(len(projection), -1, hidden_states.shape[-1])
         mask = None if mask is None else mask.reshape(*given.shape[:-1], 1)

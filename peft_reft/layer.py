@@ -1,6 +1,7 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,14 @@ from .config import VARIANTS, ReftConfig
 from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
-from .scale import UNMEASURED, measure_exponents, scale_of
+from .scale import UNMEASURED, measure_exponents
 
 # The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an
 # underscore, as names of adapters rarely do: PEFT does not save keys that have the name of another adapter in them.
 LAYER = "_reft"  # the child: without the prefix "reft_", or PEFT would skip it where it sets and deletes adapters
 SLOT = "_reft_"  # with the prefix, and the only part that has it, or transformers would rename another
 UNITS = ("unit", "prefix", "suffix")
-TENSORS = ("R", "W", "b")
+TENSORS = ("R", "W", "b", "exponents")
 
 CANNOT_MERGE = (
     "ReFT edits hidden states at some positions, which no weight of the base model can express: it cannot be merged. "
@@ -64,7 +65,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         architecture (`str`): what transformers calls the model that the module is part of, which tells their layout.
     """
 
-    _exponents: torch.Tensor | None
     adapter_layer_names = tuple(f"{SLOT}{unit}" for unit in UNITS)
     other_param_names = ("positions",)
 
@@ -76,8 +76,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._reft_suffix = nn.ModuleDict()  # and one for the last
         self.positions: dict[str, Positions] = {}
         self.merged_adapters = []
-        self.register_buffer("_exponents", None)  # of the scale, once there is a standardised unit
-        self.is_measured = False  # whether they tell: asked in Python, without a sync
 
     @property
     def weight(self) -> torch.Tensor:
@@ -91,17 +89,44 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         positions = Positions.parse(config.positions)
         self.positions[adapter_name] = positions
         for unit in positions.units(config.share_weights):
-            variant, options = VARIANTS[config.intervention], (config.dropout, config.act_fn, config.standardize)
-            intervention = Intervention(variant, self.d, r, *options)
+            options: Any = (config.dropout, config.act_fn, config.standardize)
+            intervention = Intervention(VARIANTS[config.intervention], self.d, r, *options)
             if is_drawn:
                 intervention.reset_parameters(config.init_weights)
             else:
                 for parameter in intervention.parameters():
                     nn.init.zeros_(parameter)
+            self._share_scale(intervention)
             getattr(self, f"{SLOT}{unit}")[adapter_name] = intervention
-            if intervention.is_standardized and self._exponents is None:
-                self._exponents = torch.full((self.d,), UNMEASURED, dtype=torch.int8)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _share_scale(self, unit: Intervention) -> None:
+        """Give a new unit the scale that an active adapter has measured here.
+
+        A trainer may copy that adapter's parameters into the new one (TRL's reference adapter), but copies no buffers.
+        """
+        names = dict.fromkeys([*self.active_adapters, *self.positions])
+        others = [other for name in names for other in self.units(name).values() if other.is_standardized]
+        if unit.exponents is not None and others and not unit.exponents.is_meta:
+            unit.exponents.copy_(others[0].exponents)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def measure(self, hidden_states: torch.Tensor, plan: Plan) -> None:
+        """Take the scale from hidden states [batch, tokens, d], for units that are trained for the first time."""
+        units = [unit for name in self.adapters_in_use for unit in self.units(name).values() if unit.waits_for_scale]
+        if not units:
+            return
+        if getattr(self, "_is_replica", False):
+            warn_of_replicas(units)
+            return
+        unmeasured = torch.stack([(unit.exponents == UNMEASURED).all() for unit in units])
+        edited = torch.stack([unit()[0].any() for unit in units])
+        counted = plan.counted(*hidden_states.shape[:2], hidden_states.device)
+        found = measure_exponents(hidden_states, counted, (unmeasured & edited).any())
+        for unit, is_new in zip(units, unmeasured, strict=True):
+            exponents: torch.Tensor = unit.exponents  # type: ignore[assignment]
+            exponents.copy_(torch.where(is_new, found, exponents))
+            unit.waits_for_scale = False
 
     def units(self, adapter_name: str) -> dict[str, Intervention]:
         """The units of an adapter by name: `"unit"`, or `"prefix"` and `"suffix"`."""
@@ -126,33 +151,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             return bool(self.adapters_in_use)
         return not self.disable_adapters and any(name in self.positions for name in plan.mixed_batch.names)
 
-    @property
-    def scale(self) -> torch.Tensor | None:
-        """The unit of each dimension [d] in which standardised units are trained; None for ones."""
-        return scale_of(self._exponents) if self.is_measured else None
-
-    @torch.no_grad()
-    def measure(self, hidden_states: torch.Tensor, plan: Plan) -> None:
-        """Take the scale from hidden states [batch, tokens, d], if an adapter that is trained waits for it."""
-        units = [unit for name in self.adapters_in_use for unit in self.units(name).values() if unit.is_standardized]
-        if not units or getattr(self, "_is_replica", False):  # nn.DataParallel keeps nothing that replicas find
-            return
-        is_edited = torch.stack([unit()[0].any() for unit in units]).any()
-        counted = plan.counted(*hidden_states.shape[:2], hidden_states.device)
-        self._exponents.copy_(measure_exponents(hidden_states, counted, is_edited))
-        self.is_measured = True
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self._exponents is not None and f"{prefix}_exponents" in state_dict:
-            self.is_measured = bool((self._exponents != UNMEASURED).any())
-
     def edits(self, plan: Plan) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
         """The choices of positions that are edited in a call, one after the other, each with its units by name."""
         if plan.mixed_batch is None:
             yield from ((self.positions[name], self.units(name)) for name in self.adapters_in_use)
         else:
-            yield plan.mixed_batch.edits(self, self.positions, self.units, self.scale)
+            yield plan.mixed_batch.edits(self, self.positions, self.units)
 
     def forward(self, hidden_states: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Edit what the module put out.
@@ -164,14 +168,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         Returns:
             `torch.Tensor` [batch, tokens, d]: the same but at the edited tokens.
         """
-        if self.training and not self.is_measured:
+        if self.training:
             self.measure(hidden_states, plan)
-        scale = self.scale
         for positions, units in self.edits(plan):
             batch, tokens = hidden_states.shape[:2]
             rows = plan.rows(positions, tuple(units), batch, tokens, hidden_states.device)
             for some in rows:
-                hidden_states = edit_rows(hidden_states, units, some, scale)
+                hidden_states = edit_rows(hidden_states, units, some)
         return hidden_states
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -182,6 +185,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "reft." + super().__repr__()
+
+
+def warn_of_replicas(units: Sequence[Intervention]) -> None:
+    """Warn that the copies of `nn.DataParallel`, which live for a call, cannot keep a scale for these units."""
+    if any((unit.exponents == UNMEASURED).all() for unit in units):
+        warnings.warn(
+            "nn.DataParallel cannot measure the scale of hidden states, so this adapter is trained in their own units, "
+            "which need a lower learning rate. Start one process a device: accelerate launch, or torchrun.",
+            stacklevel=2,
+        )
 
 
 def layer_of(module: nn.Module) -> ReftLayer | None:
@@ -247,19 +260,16 @@ class PutRows(torch.autograd.Function):
         return gradient, gradient[ctx.saved_tensors], None, None
 
 
-def edit_rows(
-    hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows, scale: torch.Tensor | None = None
-) -> torch.Tensor:
+def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows) -> torch.Tensor:
     """Edit some tokens: take them, edit, put back.
 
     Args:
         hidden_states (`torch.Tensor` [batch, tokens, d]): all tokens.
         units (`Mapping[str, Unit]`): the adapter's units by name.
         rows (`Rows`): the tokens that some of them edit.
-        scale (`torch.Tensor` [d], *optional*): that of the layer.
     """
     own = [units[name] for name in rows.units]
     if rows.indices is None:
-        return edit(own, hidden_states.unsqueeze(0), rows.mask, scale).squeeze(0)
+        return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
     taken, left = TakeRows.apply(hidden_states, *rows.indices)
-    return PutRows.apply(left, edit(own, taken, rows.mask, scale), *rows.indices)
+    return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)

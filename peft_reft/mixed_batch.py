@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .intervention import Intervention, Matrices, projections
+from .intervention import Intervention, Matrices, in_units_of_states, projections
 from .per_thread import PerThread
 from .positions import Positions, PositionsOfRows
 
@@ -28,17 +28,16 @@ class UnitsOfRows:
     Args:
         units (`Sequence[Intervention]`): the units, all of the same width.
         choices (`Sequence[int]`): for each row, or group of rows, the index of its unit.
-        scale (`torch.Tensor` [d], *optional*): that of their layer.
     """
 
     training, dropout = False, nn.Dropout(0)  # a mixed batch is refused in training
 
-    def __init__(self, units: Sequence[Intervention], choices: Sequence[int], scale: torch.Tensor | None):
+    def __init__(self, units: Sequence[Intervention], choices: Sequence[int]):
         order, stacks = [], []
         rank = max(unit.r for unit in units)
         for members in _alike(units):
             order += members
-            stacks.append(_stack([units[index] for index in members], rank, scale))
+            stacks.append(_stack([units[index] for index in members], rank))
         projection, weight, b = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*stacks, strict=True))
         device = b.device
         units = [units[index] for index in order]
@@ -59,11 +58,8 @@ class UnitsOfRows:
         self.weight = weight - projection * subtract  # in one product, as in `Intervention`
 
     @staticmethod
-    def stack(units: Sequence["UnitsOfRows"], scale: torch.Tensor | None) -> Matrices:
-        """The matrices of all rows, or groups of rows, for the first of `units`, then for the next.
-
-        `scale` is in them already.
-        """
+    def stack(units: Sequence["UnitsOfRows"]) -> Matrices:
+        """The matrices of all rows, or groups of rows, for the first of `units`, then for the next."""
         matrices = zip(*((unit.projection, unit.weight, unit.subtracted, unit.b) for unit in units), strict=True)
         choices = [unit.choices for unit in units]
         return tuple(  # type: ignore[return-value]
@@ -88,17 +84,15 @@ def _alike(units: Sequence[Intervention]) -> Iterable[list[int]]:
     return groups.values()
 
 
-def _stack(
-    units: Sequence[Intervention], rank: int, scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _stack(units: Sequence[Intervention], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Projections and weights [units, rank, d] and biases [units, rank], with zeros up to the rank."""
     rows = torch.stack([unit.R for unit in units])
     projection = projections(rows, units[0].variant.orthonormal)
     weight = torch.stack([torch.zeros_like(unit.R) if unit.W is None else unit.W for unit in units])
     b = torch.stack([unit.b for unit in units])
     weight, b, missing = weight.to(projection.dtype), b.to(projection.dtype), rank - rows.shape[1]
-    if units[0].is_standardized and scale is not None:
-        projection, weight = projection * scale, weight / scale
+    if units[0].is_standardized:
+        projection, weight = in_units_of_states(projection, weight, units)
     if missing:
         projection, weight = (nn.functional.pad(matrix, (0, 0, 0, missing)) for matrix in (projection, weight))
         b = nn.functional.pad(b, (0, missing))
@@ -137,11 +131,7 @@ class MixedBatch:
         return batch // len(self.names)
 
     def edits(
-        self,
-        layer: nn.Module,
-        positions: Mapping[str, Positions],
-        units_of: Callable[[str], dict[str, Intervention]],
-        scale: torch.Tensor | None,
+        self, layer: nn.Module, positions: Mapping[str, Positions], units_of: Callable[[str], dict[str, Intervention]]
     ) -> tuple[PositionsOfRows, dict[str, UnitsOfRows]]:
         """What the batch's adapters edit in a layer, made once for as long as the batch lasts.
 
@@ -149,7 +139,6 @@ class MixedBatch:
             layer (`nn.Module`): the layer.
             positions (`Mapping[str, Positions]`): the positions of each adapter that it has.
             units_of (`Callable`): gives the units of an adapter.
-            scale (`torch.Tensor` [d], *optional*): that of the layer.
         """
         if layer not in self._edits:
             adapters = [name for name in dict.fromkeys(self.names) if name in positions]
@@ -157,7 +146,7 @@ class MixedBatch:
             choices = [adapters.index(name) if name in adapters else 0 for name in self.names]
             slots = ("prefix", "suffix") if any(len(units[name]) == 2 for name in adapters) else ("unit",)
             stacked = {
-                slot: UnitsOfRows([units[name].get(slot) or units[name]["unit"] for name in adapters], choices, scale)
+                slot: UnitsOfRows([units[name].get(slot) or units[name]["unit"] for name in adapters], choices)
                 for slot in slots
             }
             self._edits[layer] = PositionsOfRows(tuple(map(positions.get, self.names))), stacked

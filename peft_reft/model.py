@@ -232,8 +232,6 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     if hooks:  # accelerate's: offloaded parameters lie on meta until the module, or its part, is called
         executing = (getattr(hook, "execution_device", None) for hook in hooks)
         device = next((device for device in executing if device is not None), torch.device("cpu"))
-    if device is not None and layer._exponents is not None:
-        layer._exponents = layer._exponents.to(device)
     for unit in layer.units(adapter_name).values():
         if not unit.b.is_meta and (dtype is not None or unit.b.device != device):
             unit.to(device=device, dtype=dtype)

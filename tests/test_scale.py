@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from by_hand import VOCABULARY, labels_of, make_llama, random_ids
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from peft_reft import ReftConfig
 from peft_reft.scale import UNMEASURED, measure_exponents, scale_of
@@ -79,7 +79,7 @@ def test_measured_in_the_first_training_call(side):
     model = adapt(copy.deepcopy(base))
     with torch.no_grad():
         model.eval()(input_ids=ids, attention_mask=mask)
-    assert all((layer._exponents == UNMEASURED).all() and layer.scale is None for layer in layers(model))
+    assert all((unit.exponents == UNMEASURED).all() for unit in units(model))
     states = []
     handles = [layer.register_forward_hook(lambda m, a, out: states.append(out)) for layer in base.model.layers]
     base(input_ids=ids, attention_mask=mask)
@@ -87,11 +87,11 @@ def test_measured_in_the_first_training_call(side):
     model.train()(input_ids=ids, attention_mask=mask, labels=labels_of(ids, [(8, 9)], [(8, 9)])).loss.backward()
     first = mask.cumsum(1) == 1
     for layer, state in zip(layers(model), states, strict=True):
-        assert layer._exponents.tolist() == exponents_by_hand(state[mask.bool() & ~first].double().tolist())
-        assert torch.equal(layer.scale, 2.0 ** layer._exponents.float())
-    before = [layer._exponents.clone() for layer in layers(model)]
+        expected = exponents_by_hand(state[mask.bool() & ~first].double().tolist())
+        assert [unit.exponents.tolist() for unit in layer.units("default").values()] == [expected] * 2
+    before = [unit.exponents.clone() for unit in units(model)]
     model(input_ids=ids.flip(1), labels=labels_of(ids, [(4, 9)], [(4, 9)])).loss.backward()
-    assert all(torch.equal(layer._exponents, e) for layer, e in zip(layers(model), before, strict=True))
+    assert all(torch.equal(unit.exponents, e) for unit, e in zip(units(model), before, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
@@ -104,7 +104,8 @@ def test_gradients_are_those_of_the_scaled_edit(checkpointing):
         model.enable_input_require_grads()
     labels = labels_of(ids, [(4, 9)], [(4, 12)])
     model(input_ids=ids, labels=labels).loss.backward()
-    (unit,), scale = units(model), layers(model)[0].scale
+    (unit,) = units(model)
+    scale = 2.0 ** unit.exponents.float()
     R, W, b = (p.detach().clone().requires_grad_() for p in (unit.R, unit.W, unit.b))
 
     def hook(module, args, output):
@@ -140,7 +141,7 @@ def test_an_edit_that_is_not_zero_keeps_its_units():
     before = model(input_ids=ids).logits
     model.train()(input_ids=ids, labels=labels_of(ids, [(4, 9)], [(4, 12)])).loss.backward()
     assert torch.equal(model.eval()(input_ids=ids).logits, before)
-    assert not any(layer._exponents.any() for layer in layers(model))
+    assert not any(unit.exponents.any() for unit in units(model))
 
 
 def test_weight_decay_leaves_an_untrained_edit_at_zero():
@@ -156,3 +157,117 @@ def test_weight_decay_leaves_an_untrained_edit_at_zero():
         optimizer.step()
     assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True)), "nothing has decayed"
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def trained(steps=2, **options):
+    """An adapter after some steps of SGD, which has no state."""
+    model = adapt(**options)
+    for _ in range(steps):
+        step(model)
+    return model
+
+
+def step(model):
+    ids = random_ids()
+    model.train()(input_ids=ids, labels=labels_of(ids, [(4, 9)], [(4, 12)])).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.5 * parameter.grad
+                parameter.grad = None
+
+
+def edit_by_hand(unit, h, variant, act):
+    """The design's table with R s and W / s in place of R and W, in float64; h is [tokens, d]."""
+    scale = 2.0 ** unit.exponents.double()
+    R, W, b, h = unit.R.double() * scale, unit.W.double() / scale, unit.b.double(), h.double()
+    source = act(h @ W.T + b)
+    return h + (source - h @ R.T if variant == "noreft" and act is not EQUAL else source) @ R
+
+
+def EQUAL(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    "variant, act_fn",
+    [(v, None) for v in ("loreft", "noreft", "direft", "direft_orthogonal")] + [("noreft", "tanh"), ("direft", "tanh")],
+)
+@torch.no_grad()
+def test_formula(variant, act_fn):
+    base, ids = make_llama(1), random_ids()
+    with torch.enable_grad():
+        model = trained(base=copy.deepcopy(base), intervention=variant, act_fn=act_fn, positions="all").eval()
+    (unit,), act = units(model), torch.tanh if act_fn else EQUAL
+    states = {}
+    base.model.layers[0].register_forward_hook(lambda m, a, output: states.setdefault("base", output))
+    base(input_ids=ids)
+    model.get_base_model().model.norm.register_forward_pre_hook(lambda m, args: states.setdefault("edited", args[0]))
+    model(input_ids=ids)
+    expected = edit_by_hand(unit, states["base"].view(-1, 32), variant, act).view_as(states["base"])
+    assert (expected - states["base"]).abs().max() > 1e-2
+    torch.testing.assert_close(states["edited"].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["loreft", "direft_orthogonal", "consreft", "lobireft"])
+def test_kept_in_the_units_of_hidden_states(variant):
+    """Where rows must stay orthonormal about an activation or a constant."""
+    model = adapt(intervention=variant, act_fn="relu")
+    assert not any(unit.is_standardized or "_exponents" in unit.state_dict() for unit in units(model))
+
+
+@pytest.mark.parametrize("init_weights", ["reference", False])
+def test_other_starts_keep_the_papers_parameters(init_weights):
+    model = adapt(init_weights=init_weights)
+    assert not model.peft_config["default"].standardize and not any(unit.is_standardized for unit in units(model))
+
+
+def test_trained_on_from_a_file_as_if_it_had_not_been_saved(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
+    for _ in range(2):
+        step(model), step(loaded)
+        for unit, other in zip(units(model), units(loaded), strict=True):
+            assert all(torch.equal(unit.state_dict()[key], other.state_dict()[key]) for key in unit.state_dict())
+
+
+def test_loaded_by_transformers_beside_another_scale(tmp_path):
+    """Each keeps its own, whichever is loaded first."""
+    ids, expected = random_ids(), {}
+    for name, layers in (("small", None), ("large", [1])):
+        base = make_llama()
+        with torch.no_grad():
+            base.model.embed_tokens.weight *= 1 if name == "small" else 30
+        model = trained(base=base, layers_to_transform=layers)
+        model.save_pretrained(tmp_path / name)
+        expected[name] = PeftModel.from_pretrained(make_llama(), tmp_path / name)(input_ids=ids).logits
+    model = make_llama()
+    for name in expected:
+        model.load_adapter(str(tmp_path / name), name)
+    for name, logits in expected.items():
+        model.set_adapter(name)
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_saved_before_it_is_trained(tmp_path):
+    """It is measured in the first training call after it was loaded."""
+    adapt().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
+    step(loaded)
+    assert all((unit.exponents != UNMEASURED).all() for unit in units(loaded))
+
+
+@torch.no_grad()
+def test_mixed_batch():
+    ids = random_ids()
+    with torch.enable_grad():
+        model = trained(positions="l3")
+    model.add_adapter("plain", ReftConfig(task_type="CAUSAL_LM", r=4, positions="l3", init_weights=False))
+    model.eval()
+    expected = []
+    for name, row in zip(("default", "plain"), ids, strict=True):
+        model.set_adapter(name)
+        expected.append(model(input_ids=row[None]).logits)
+    found = model(input_ids=ids, adapter_names=["default", "plain"]).logits
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
