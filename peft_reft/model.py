@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    _get_input_embeddings_name,
-)
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from .compatibility import trained_tokens
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .intervention import Intervention
@@ -214,6 +210,7 @@ class ReftModel(BaseTuner):
         keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
         keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        check_keys(model, adapter_name, state_dict)
         check_checkpoint(adapter_name, needed, state_dict)
         placed = {key: sharded_as(getattr(unit, name), state_dict[key]) for key, unit, name in tensors}
         state_dict = state_dict | placed
@@ -258,10 +255,7 @@ def check_names(
     """
     modules = [plain_name(name) for name in (*targets, *adapted_modules(model))]
     keys = [str(Key(module, unit, tensor)) for module in modules for unit in UNITS for tensor in TENSORS]
-    saved, trained = tuple(peft_config.modules_to_save or ()), peft_config.trainable_token_indices
-    if isinstance(trained, list):
-        trained = (_get_input_embeddings_name(model, "embed_tokens"),)
-    embeddings = tuple(trained or ())
+    saved, embeddings = tuple(peft_config.modules_to_save or ()), tuple(trained_tokens(model, peft_config))
     for name, module in base_modules(model):
         if isinstance(module, ModulesToSaveWrapper) or (saved and name.endswith(saved)):
             own = getattr(module, "original_module", module).state_dict()
@@ -335,8 +329,70 @@ def check_checkpoint(
         raise misfit(adapter_name, problems)
 
 
+def wrapped_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The modules and tokens that are saved with adapters: the adapter's name and a key, in files and in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for adapter_name in module._adapters:
+                for key, own in module.adapter_state_dict_load_map(adapter_name).items():
+                    yield adapter_name, f"{plain_name(name)}.{key}"
+                    yield adapter_name, f"{plain_name(name)}.{own}"
+
+
+def is_resized(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether a model's vocabulary is not that of the base model, so that PEFT saves embeddings with adapters."""
+    own = getattr(model, "config", None)
+    for source in (config.base_model_name_or_path, getattr(own, "_name_or_path", None)):
+        try:
+            if source and type(own).from_pretrained(source).vocab_size != own.vocab_size:  # type: ignore[union-attr]
+                return True
+        except (AttributeError, OSError, ValueError):  # not there, or of another kind
+            continue
+    return False
+
+
+def embedding_prefixes(model: nn.Module) -> list[str]:
+    """What the keys of a model's embeddings begin with, input and output."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [layer for getter in getters if getter is not None and (layer := getter()) is not None]
+    return [f"{plain_name(name)}." for name, module in model.named_modules() if any(module is one for one in layers)]
+
+
+def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
+    """Raise a ValueError if a checkpoint has tensors that its adapter does not need: they would be written for good.
+
+    An adapter needs its own tensors, the modules and tokens that its config has trained, and embeddings of a
+    vocabulary that was resized.
+
+    Args:
+        model (`torch.nn.Module`): the model, to which the adapter has been added.
+        adapter_name (`str`): the name of the adapter.
+        keys (`Iterable[str]`): the keys of the checkpoint, with or without the prefix of a `PeftModel`.
+    """
+    config: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def short(key: str) -> str:  # transformers loads a model into one that has a head, and the other way round
+        return key.removeprefix(PEFT_PREFIX).removeprefix(prefix)
+
+    wrapped = [(name, short(key)) for name, key in wrapped_keys(model)]
+    needed = {key for name, key in wrapped if name == adapter_name}
+    foreign = [key for key in keys if Key.read(key) is None and short(key) not in needed]
+    if foreign and is_resized(model, config):
+        embeddings = tuple(short(prefix) for prefix in embedding_prefixes(model))
+        others = {key for _, key in wrapped} - needed
+        foreign = [key for key in foreign if not short(key).startswith(embeddings) or short(key) in others]
+    if foreign:
+        raise ValueError(
+            f"The checkpoint of adapter {adapter_name!r} has tensors that the adapter does not need: "
+            f"{in_short(foreign)}. They would be written into the base model or another adapter: take them out of the "
+            "file. Modules that were trained with the adapter must be named in its modules_to_save. Embeddings may be "
+            "there if the vocabulary was resized, in this model too; else save with save_embedding_layers=False."
+        )
+
+
 def in_short(problems: list[str]) -> str:
-    """The first of some problems, and how many more there are."""
+    """The first of some problems or keys, and how many more there are."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return f"{'; '.join(sorted(problems)[:3])}{more}"
 
