@@ -80,7 +80,9 @@ def check_config(model: nn.Module, adapter_name: str, own: PeftConfig, other: Pe
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     fields = differences(base, own, other)
     if fields:
-        both = "; ".join(f"{f}={getattr(own, f)!r} there, {getattr(other, f)!r} in the checkpoint" for f in fields)
+        both = "; ".join(
+            f"{f}={getattr(own, f)!r} in the model, {getattr(other, f)!r} in the checkpoint" for f in fields
+        )
         raise ValueError(
             f"{source} was trained with another config than that of the model's adapter {adapter_name!r}: {both}. "
             "Load it under an adapter_name that is new, or make the adapter with its config: "

@@ -84,8 +84,8 @@ def test_the_error():
     for part in (
         "folder/sub",
         "'mine'",
-        "positions='l1' there, 'f1' in",
-        "r=2 there, 3 in",
+        "positions='l1' in the model, 'f1' in",
+        "r=2 in the model, 3 in",
         "adapter_name that is new",
     ):
         assert part in str(error.value)

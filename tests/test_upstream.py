@@ -136,10 +136,10 @@ def test_adapter_that_does_not_fit_is_taken_back(tmp_path, ids):
 # Into an adapter that exists
 
 OTHER = {
-    "intervention": ("noreft", "intervention='loreft' there, 'noreft' in the checkpoint"),
-    "positions": ("f3+l2", r"positions='f2\+l2' there, 'f3\+l2' in the checkpoint"),
-    "act_fn": ("relu", "act_fn=None there, 'relu' in the checkpoint"),
-    "target_modules": (["mlp"], r"target_modules=None there, \['mlp'\]"),
+    "intervention": ("noreft", "intervention='loreft' in the model, 'noreft' in the checkpoint"),
+    "positions": ("f3+l2", r"positions='f2\+l2' in the model, 'f3\+l2' in the checkpoint"),
+    "act_fn": ("relu", "act_fn=None in the model, 'relu' in the checkpoint"),
+    "target_modules": (["mlp"], r"target_modules=None in the model, \['mlp'\]"),
 }
 
 
@@ -185,7 +185,7 @@ def test_checkpoint_of_another_method(tmp_path):
         get_peft_model(make_llama(), loaded).save_pretrained(tmp_path / name)
         model = get_peft_model(make_llama(), there)
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=f"another config.*peft_type=.*{name}.* there"):
+        with pytest.raises(ValueError, match=f"another config.*peft_type=.*{name}.* in the model"):
             model.load_adapter(tmp_path / name, "default")
         assert not changed(model, before)
 
@@ -195,7 +195,7 @@ def test_transformers_load_adapter_of_another_config(tmp_path, ids):
     shared = dict(task_type="CAUSAL_LM", r=2, init_weights=False)
     get_peft_model(make_llama(), ReftConfig(positions="l1", **shared)).save_pretrained(tmp_path)
     model = make_llama()
-    with pytest.raises(ValueError, match="another config.*positions='l2' there, 'l1' in the checkpoint"):
+    with pytest.raises(ValueError, match="another config.*positions='l2' in the model, 'l1' in the checkpoint"):
         model.load_adapter(str(tmp_path), peft_config=ReftConfig(positions="l2", **shared))
     assert list(model.state_dict()) == list(make_llama().state_dict()) and not hasattr(model, "peft_config")
     model.add_adapter(ReftConfig(positions="l2", **shared))
@@ -229,7 +229,7 @@ def test_resuming_with_another_config(tmp_path, ids, name):
     assert any(f".{name}." in key for key in trained)
     for key, tensor in trained.items():
         torch.testing.assert_close(resumed[key], tensor, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="another config.*positions='f2' there, 'l2' in the checkpoint"):
+    with pytest.raises(ValueError, match="another config.*positions='f2' in the model, 'l2' in the checkpoint"):
         train("f2", resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -246,7 +246,7 @@ def test_what_a_trainer_loads_without_peft(tmp_path, name):
         assert loads.pop() == (owner, str(tmp_path), "more")
     model.peft_config[name].positions = "f2"
     for check, owner in ((upstream.check_resumed, trainer), (upstream.check_engine, engine)):
-        with pytest.raises(ValueError, match=f"another config.*'{name}': positions='f2' there, 'l2'"):
+        with pytest.raises(ValueError, match=f"another config.*'{name}': positions='f2' in the model, 'l2'"):
             check(lambda *args: loads.append(args), owner, str(tmp_path))
     assert not loads
     assert "completed_by_reft" in vars(Trainer._load_from_checkpoint)
