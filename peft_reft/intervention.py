@@ -67,15 +67,29 @@ class Intervention(nn.Module):
     def __init__(self, variant: Variant, d: int, r: int, dropout: float = 0.0, act_fn: str | None = None):
         super().__init__()
         self.variant, self.d, self.r = variant, d, r
-        self.R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
-        self.W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
-        self.b = nn.Parameter(torch.empty(r, dtype=torch.float32))
+        self._R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
+        self._W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
+        self._b = nn.Parameter(torch.empty(r, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
         self.activation = act_fn if variant.linear else None  # a constant source has none
         self.act_fn: Callable[[torch.Tensor], torch.Tensor] | None = (
             ACT2FN[self.activation] if self.activation else None
         )
         self._kept: dict[str, torch.Tensor] = {}
+
+    # The parameters' own names begin with an underscore: they are parts of the keys of state dicts (layer.py).
+
+    @property
+    def R(self) -> nn.Parameter:
+        return self._R
+
+    @property
+    def W(self) -> nn.Parameter | None:
+        return self._W
+
+    @property
+    def b(self) -> nn.Parameter:
+        return self._b
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:

@@ -1,7 +1,7 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,13 +12,47 @@ from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
 
-LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
+# The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an
+# underscore, as names of adapters rarely do: PEFT does not save keys that have the name of another adapter in them.
+LAYER = "_reft"  # the child: without the prefix "reft_", or PEFT would skip it where it sets and deletes adapters
+SLOT = "_reft_"  # with the prefix, and the only part that has it, or transformers would rename another
+UNITS = ("unit", "prefix", "suffix")
+TENSORS = ("R", "W", "b")
 
 CANNOT_MERGE = (
     "ReFT edits hidden states at some positions, which no weight of the base model can express: it cannot be merged. "
     "Keep the adapter beside the model, in use as in storage: PeftModel.from_pretrained(base, adapter) loads it, "
     "model.disable_adapter() and model.unload() give the base model."
 )
+
+
+class Key(NamedTuple):
+    """A key of an adapter's tensor in a state dict.
+
+    Attributes:
+        module (`str`): the name of the module that is adapted.
+        unit (`str`): one of `UNITS`.
+        tensor (`str`): one of `TENSORS`.
+        adapter_name (`str`, *optional*): the adapter, in a model's state dict; None in a checkpoint.
+    """
+
+    module: str
+    unit: str
+    tensor: str
+    adapter_name: str | None = None
+
+    @classmethod
+    def read(cls, key: str) -> "Key | None":
+        """Return the parts of a key, or None if it is of no ReFT adapter."""
+        module, found, rest = key.rpartition(f".{LAYER}.{SLOT}")
+        unit, *adapter_name, tensor = rest.split(".") if rest.count(".") in (1, 2) else ("", "")
+        if not found or unit not in UNITS:
+            return None
+        return cls(module, unit, tensor.removeprefix("_"), adapter_name[0] if adapter_name else None)
+
+    def __str__(self) -> str:
+        parts = (self.module, LAYER, f"{SLOT}{self.unit}", self.adapter_name, f"_{self.tensor}")
+        return ".".join(part for part in parts if part is not None)
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -29,15 +63,15 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         architecture (`str`): what transformers calls the model that the module is part of, which tells their layout.
     """
 
-    adapter_layer_names = ("reft_unit", "reft_prefix", "reft_suffix")
+    adapter_layer_names = tuple(f"{SLOT}{unit}" for unit in UNITS)
     other_param_names = ("positions",)
 
     def __init__(self, d: int, architecture: str = ""):
         super().__init__()
         self.d, self.architecture = d, architecture
-        self.reft_unit = nn.ModuleDict()  # one unit for all positions of an adapter
-        self.reft_prefix = nn.ModuleDict()  # or one for the first tokens
-        self.reft_suffix = nn.ModuleDict()  # and one for the last
+        self._reft_unit = nn.ModuleDict()  # one unit for all positions of an adapter
+        self._reft_prefix = nn.ModuleDict()  # or one for the first tokens
+        self._reft_suffix = nn.ModuleDict()  # and one for the last
         self.positions: dict[str, Positions] = {}
         self.merged_adapters = []
 
@@ -59,12 +93,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             else:
                 for parameter in intervention.parameters():
                     nn.init.zeros_(parameter)
-            getattr(self, f"reft_{unit}")[adapter_name] = intervention
+            getattr(self, f"{SLOT}{unit}")[adapter_name] = intervention
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def units(self, adapter_name: str) -> dict[str, Intervention]:
         """The units of an adapter by name: `"unit"`, or `"prefix"` and `"suffix"`."""
-        slots: dict[str, Any] = {"unit": self.reft_unit, "prefix": self.reft_prefix, "suffix": self.reft_suffix}
+        slots: dict[str, Any] = {"unit": self._reft_unit, "prefix": self._reft_prefix, "suffix": self._reft_suffix}
         return {slot: units[adapter_name] for slot, units in slots.items() if adapter_name in units}
 
     @property

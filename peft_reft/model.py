@@ -1,22 +1,23 @@
 """`ReftModel`: the tuner that gives the modules of a model their `ReftLayer`s."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from .compatibility import trained_tokens
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .intervention import Intervention
-from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
+from .layer import CANNOT_MERGE, LAYER, TENSORS, UNITS, Key, ReftLayer, adapted_modules, base_modules, layer_of
 from .layout import architecture_of
 from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
@@ -81,8 +82,10 @@ class ReftModel(BaseTuner):
     ) -> None:
         """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
         if state_dict is not None:  # PEFT reads from its keys which modules to adapt
+            keys = {key: Key.read(key) for key in state_dict}
             state_dict = {
-                key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
+                key if own is None else f"{own.module}.{self.prefix}{own.unit}.{own.tensor}": state_dict[key]
+                for key, own in keys.items()
             }
         refuse_sharded(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -99,6 +102,7 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         self._targets = find_targets(model, peft_config)  # all that can be wrong is found here, before any change
+        check_names(model, peft_config, self._targets, self.peft_config)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
         return _ExcludedModule() if is_excluded(peft_config, key) else key in self._targets
@@ -206,6 +210,7 @@ class ReftModel(BaseTuner):
         keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
         keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        check_keys(model, adapter_name, state_dict)
         check_checkpoint(adapter_name, needed, state_dict)
         placed = {key: sharded_as(getattr(unit, name), state_dict[key]) for key, unit, name in tensors}
         state_dict = state_dict | placed
@@ -235,6 +240,38 @@ def refuse_sharded(model: nn.Module) -> None:
         raise ValueError("Add adapters before FSDP shards the model: those added later are not kept the same.")
 
 
+def check_names(
+    model: nn.Module, peft_config: ReftConfig, targets: Iterable[str], adapter_names: Iterable[str]
+) -> None:
+    """Raise a ValueError if the name of an adapter is a part of the keys of what adapters save.
+
+    PEFT leaves out of an adapter's state dict each key of which another adapter's name is a part, but for the first.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        peft_config (`ReftConfig`): the config of the adapter that is added.
+        targets (`Iterable[str]`): the names of the modules that it adapts.
+        adapter_names (`Iterable[str]`): the names of all adapters, this one included.
+    """
+    modules = [plain_name(name) for name in (*targets, *adapted_modules(model))]
+    keys = [str(Key(module, unit, tensor)) for module in modules for unit in UNITS for tensor in TENSORS]
+    saved, embeddings = tuple(peft_config.modules_to_save or ()), tuple(trained_tokens(model, peft_config))
+    for name, module in base_modules(model):
+        if isinstance(module, ModulesToSaveWrapper) or (saved and name.endswith(saved)):
+            own = getattr(module, "original_module", module).state_dict()
+            keys += [f"{plain_name(name)}.modules_to_save.{key}" for key in own]
+        if isinstance(module, TrainableTokensWrapper) or (embeddings and name.endswith(embeddings)):
+            keys.append(f"{plain_name(name)}.token_adapter.trainable_tokens_delta")
+    for name in adapter_names:
+        # "base_model.model." precedes all keys of a PeftModel: where all have the name, PEFT leaves out none.
+        key = next((key for key in keys if name in key.split(".")[name == "model" :]), None)
+        if key is not None:
+            raise ValueError(
+                f"An adapter cannot be called {name!r} here: that is a part of {key!r}, and PEFT does not save a key "
+                "that has the name of another adapter in it. Choose another adapter_name."
+            )
+
+
 def plain_name(name: str) -> str:
     """The name of a module or parameter without those of wrappers around its parents, as state dicts have it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -243,10 +280,9 @@ def plain_name(name: str) -> str:
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
     """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
     for name, (_, layer) in adapted_modules(model).items():
-        prefix = f"{plain_name(name)}.{LAYER}"
         for unit, intervention in layer.units(adapter_name).items():
-            for key in intervention.shapes():
-                yield f"{prefix}.reft_{unit}.{adapter_name}.{key}", intervention, key
+            for tensor in intervention.shapes():
+                yield str(Key(plain_name(name), unit, tensor, adapter_name)), intervention, tensor
 
 
 def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
@@ -285,7 +321,7 @@ def check_checkpoint(
     adapter_name: str, needed: dict[str, tuple[int, ...]], state_dict: dict[str, torch.Tensor]
 ) -> None:
     """Raise a ValueError unless a checkpoint has just the tensors that the adapter needs."""
-    given = {key: tensor for key, tensor in state_dict.items() if f".{LAYER}.reft_" in key}
+    given = {key: tensor for key, tensor in state_dict.items() if Key.read(key) is not None}
     problems = [f"{key} is missing" for key in needed.keys() - given.keys()]
     problems += [f"{key} has no place" for key in given.keys() - needed.keys()]
     problems += wrong_shapes(needed, given)
@@ -293,8 +329,70 @@ def check_checkpoint(
         raise misfit(adapter_name, problems)
 
 
+def wrapped_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The modules and tokens that are saved with adapters: the adapter's name and a key, in files and in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for adapter_name in module._adapters:
+                for key, own in module.adapter_state_dict_load_map(adapter_name).items():
+                    yield adapter_name, f"{plain_name(name)}.{key}"
+                    yield adapter_name, f"{plain_name(name)}.{own}"
+
+
+def is_resized(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether a model's vocabulary is not that of the base model, so that PEFT saves embeddings with adapters."""
+    own = getattr(model, "config", None)
+    for source in (config.base_model_name_or_path, getattr(own, "_name_or_path", None)):
+        try:
+            if source and type(own).from_pretrained(source).vocab_size != own.vocab_size:  # type: ignore[union-attr]
+                return True
+        except (AttributeError, OSError, ValueError):  # not there, or of another kind
+            continue
+    return False
+
+
+def embedding_prefixes(model: nn.Module) -> list[str]:
+    """What the keys of a model's embeddings begin with, input and output."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [layer for getter in getters if getter is not None and (layer := getter()) is not None]
+    return [f"{plain_name(name)}." for name, module in model.named_modules() if any(module is one for one in layers)]
+
+
+def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
+    """Raise a ValueError if a checkpoint has tensors that its adapter does not need: they would be written for good.
+
+    An adapter needs its own tensors, the modules and tokens that its config has trained, and embeddings of a
+    vocabulary that was resized.
+
+    Args:
+        model (`torch.nn.Module`): the model, to which the adapter has been added.
+        adapter_name (`str`): the name of the adapter.
+        keys (`Iterable[str]`): the keys of the checkpoint, with or without the prefix of a `PeftModel`.
+    """
+    config: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def short(key: str) -> str:  # transformers loads a model into one that has a head, and the other way round
+        return key.removeprefix(PEFT_PREFIX).removeprefix(prefix)
+
+    wrapped = [(name, short(key)) for name, key in wrapped_keys(model)]
+    needed = {key for name, key in wrapped if name == adapter_name}
+    foreign = [key for key in keys if Key.read(key) is None and short(key) not in needed]
+    if foreign and is_resized(model, config):
+        embeddings = tuple(short(prefix) for prefix in embedding_prefixes(model))
+        others = {key for _, key in wrapped} - needed
+        foreign = [key for key in foreign if not short(key).startswith(embeddings) or short(key) in others]
+    if foreign:
+        raise ValueError(
+            f"The checkpoint of adapter {adapter_name!r} has tensors that the adapter does not need: "
+            f"{in_short(foreign)}. They would be written into the base model or another adapter: take them out of the "
+            "file. Modules that were trained with the adapter must be named in its modules_to_save. Embeddings may be "
+            "there if the vocabulary was resized, in this model too; else save with save_embedding_layers=False."
+        )
+
+
 def in_short(problems: list[str]) -> str:
-    """The first of some problems, and how many more there are."""
+    """The first of some problems or keys, and how many more there are."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return f"{'; '.join(sorted(problems)[:3])}{more}"
 

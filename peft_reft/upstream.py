@@ -4,6 +4,7 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,18 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from peft import PeftModel
-from peft.utils import other
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, other
+from safetensors import safe_open
+from torch import nn
 from transformers import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
+from transformers.modeling_utils import load_state_dict
 
 from . import continuous_batching
 from .card import describe_use
 from .checkpoints import STATE
+from .compatibility import check_config
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import adapted_modules
-from .model import ReftModel, misfit
+from .layer import LAYER, adapted_modules
+from .model import ReftModel, check_keys, misfit
 from .quantized import keep_dtypes
 from .registration import REFT
 
@@ -52,6 +57,8 @@ def complete_trainer() -> None:
         complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
         complete(module.Trainer, "save_model", save_sharded)
         complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
+        complete(module.Trainer, "_load_from_checkpoint", check_resumed)
+        complete(module, "deepspeed_load_checkpoint", check_engine)
 
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
@@ -82,10 +89,15 @@ def load_or_take_back(
 ) -> Any:
     """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit.
 
+    Into an adapter that is there it loads tensors alone, whatever they were trained for.
+
     Raises:
-        ValueError: if the adapter cannot be loaded into a model whose parts lie where they do.
+        ValueError: if the adapter cannot be loaded into a model whose parts lie where they do, or has another config
+            than the one that is there.
     """
     before = set(model.peft_config)
+    if adapter_name in before:
+        check_folder(model, adapter_name, model_id, **model._split_kwargs(kwargs)[0])
     in_place = is_in_place(model, adapter_name)  # as when training is resumed
     if not in_place:
         refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
@@ -99,6 +111,37 @@ def load_or_take_back(
         raise
     keep_dtypes(model)  # of tensors that may be other ones than those that were made
     return result
+
+
+def check_folder(model: nn.Module, adapter_name: str, source: Any, **kwargs: Any) -> None:
+    """Raise a ValueError if an adapter's config is not that of the checkpoint in a folder, or on the Hub."""
+    folder = Path(source, kwargs.get("subfolder") or "")
+    own: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    if folder.is_dir() and not (folder / CONFIG_NAME).exists():
+        return  # it is not known
+    other = PeftConfig.from_pretrained(str(source), **kwargs)
+    if REFT in (own.peft_type, other.peft_type):
+        check_config(model, adapter_name, own, other, source)
+
+
+def check_resumed(method: Callable[..., Any], trainer: "Trainer", checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    """FSDP's state dicts are loaded past PEFT's `load_adapter`."""
+    check_checkpoint_folder(trainer.model, checkpoint)
+    method(trainer, checkpoint, *args, **kwargs)
+
+
+def check_engine(method: Callable[..., Any], engine: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    """And so are DeepSpeed's."""
+    check_checkpoint_folder(engine.module, checkpoint)
+    method(engine, checkpoint, *args, **kwargs)
+
+
+def check_checkpoint_folder(model: Any, checkpoint: str) -> None:
+    """Raise a ValueError if the adapters of a trainer's checkpoint have other configs than the model's."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        folder = Path(checkpoint) if name == "default" else Path(checkpoint, name)  # where PEFT saves them
+        if config.peft_type == REFT and (folder / CONFIG_NAME).exists():
+            check_folder(model, name, folder)
 
 
 def is_in_place(model: PeftModel, adapter_name: str) -> bool:
@@ -172,23 +215,66 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     """transformers' `load_adapter` reports tensors that are missing or too many, and goes on without them.
 
     Raises:
-        ValueError: if the checkpoint does not fit its config; the adapter is deleted again.
+        ValueError: if the checkpoint does not fit its config, or has tensors that the adapter does not need; the
+            adapter is deleted again.
     """
     before = set(getattr(model, "peft_config", {}))
-    info = method(model, *args, **kwargs)
-    added = [name for name in model.peft_config if name not in before]
-    if not any(model.peft_config[name].peft_type == REFT for name in added):
-        return info
-    problems = [f"{key} is missing" for key in info.missing_keys if ".reft_" in key]
-    problems += [f"{key} has no place" for key in info.unexpected_keys if ".reft_" in key]
+    check_given_config(inspect.signature(method).bind(model, *args, **kwargs).arguments)
     try:
+        with keys_checked(model, before):
+            info = method(model, *args, **kwargs)
+        added = [name for name in model.peft_config if name not in before]
+        if not any(model.peft_config[name].peft_type == REFT for name in added):
+            return info
+        own = f".{LAYER}."
+        problems = [f"{key} is missing" for key in info.missing_keys if own in key]
+        problems += [f"{key} has no place" for key in info.unexpected_keys if own in key]
         refuse_disk(model, added)
         if problems:
             raise misfit(added[0], problems)
     except ValueError:
-        model.delete_adapter(added)
+        added = [name for name in getattr(model, "peft_config", {}) if name not in before]
+        if any(model.peft_config[name].peft_type == REFT for name in added):
+            model.delete_adapter(added)
         raise
     return info
+
+
+def check_given_config(arguments: dict[str, Any]) -> None:
+    """Raise a ValueError if transformers' `load_adapter` is given a config that is not the one beside the tensors."""
+    model, source, config = arguments["self"], arguments.get("peft_model_id"), arguments.get("peft_config")
+    folder = Path(source or "", (arguments.get("adapter_kwargs") or {}).get("subfolder") or "")
+    is_known = source is not None and arguments.get("adapter_state_dict") is None and (folder / CONFIG_NAME).exists()
+    if is_known and isinstance(config, PeftConfig) and config.peft_type == REFT:
+        name = arguments.get("adapter_name") or "default"
+        check_config(model, name, config, PeftConfig.from_pretrained(str(folder)), folder)
+
+
+@contextmanager
+def keys_checked(model: Any, before: set[str]) -> Iterator[None]:
+    """Have transformers look at the keys of a ReFT adapter's checkpoint before it writes any of its tensors."""
+    load = model._load_pretrained_model
+
+    def check_and_load(*, state_dict: Any, checkpoint_files: Any, **kwargs: Any) -> Any:
+        for name in model.peft_config.keys() - before:
+            if model.peft_config[name].peft_type == REFT:
+                keys = [key for file in checkpoint_files or () for key in keys_of(file)]
+                check_keys(model, name, keys if state_dict is None else state_dict)
+        return load(state_dict=state_dict, checkpoint_files=checkpoint_files, **kwargs)
+
+    vars(model)["_load_pretrained_model"] = check_and_load
+    try:
+        yield
+    finally:
+        del vars(model)["_load_pretrained_model"]
+
+
+def keys_of(file: str) -> list[str]:
+    """The keys of the tensors in a file."""
+    if file.endswith(".safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    return list(load_state_dict(file, map_location="meta"))
 
 
 def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -108,12 +108,14 @@ class ByHand:
         self.tensors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}  # block -> unit -> tensors
         adapted = model.get_base_model() if isinstance(model, PeftModel) else model
         for name, tensor in adapted.state_dict().items():
-            if ".reft." in name:
-                block, _, rest = name.partition(".reft.")
+            if "._reft." in name:
+                block, _, rest = name.partition("._reft.")
                 unit, name_of_adapter, tensor_name = rest.split(".")
                 if name_of_adapter == adapter:
-                    unit = unit.removeprefix("reft_")
-                    self.tensors.setdefault(block, {}).setdefault(unit, {})[tensor_name] = tensor.detach()
+                    unit = unit.removeprefix("_reft_")
+                    self.tensors.setdefault(block, {}).setdefault(unit, {})[tensor_name.removeprefix("_")] = (
+                        tensor.detach()
+                    )
 
     @contextmanager
     def edits(self, columns: dict[str, list[list[int]]], within: str = "", shortest: int = 1) -> Iterator[None]:

@@ -81,8 +81,11 @@ def converted(source, base, convert=convert_pyreft, **options) -> tuple[PeftConf
         "README.md",
     }
     tensors = load_file(folder / "adapter_model.safetensors")
-    parts = {key: key.split(".") for key in tensors if ".reft." in key}
-    own = {f"{p[p.index('reft') - 1]}.{p[-2].removeprefix('reft_')}.{p[-1]}": tensors[key] for key, p in parts.items()}
+    parts = {key: key.split(".") for key in tensors if "._reft." in key}
+    own = {
+        f"{p[p.index('_reft') - 1]}.{p[-2].removeprefix('_reft_')}.{p[-1].removeprefix('_')}": tensors[key]
+        for key, p in parts.items()
+    }
     return PeftConfig.from_pretrained(folder), own | {key: tensors[key] for key in tensors.keys() - parts.keys()}
 
 

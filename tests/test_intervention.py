@@ -53,7 +53,7 @@ def test_parameters_are_the_adapter_and_nothing_else(variant):
     unit = make(variant)
     linear = variant not in ("consreft", "lobireft")
     assert sum(p.numel() for p in unit.parameters()) == (2 * R * D + R if linear else R * D + R)
-    assert unit.state_dict().keys() == ({"R", "W", "b"} if linear else {"R", "b"})
+    assert unit.state_dict().keys() == ({"_R", "_W", "_b"} if linear else {"_R", "_b"})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -162,6 +162,6 @@ def test_merge_is_refused():
 def test_finding_layers():
     block = torch.nn.Linear(2, 2)
     assert layer_of(block) is None
-    block.add_module("reft", make_layer())
-    assert layer_of(block) is block.reft
+    block.add_module("_reft", make_layer())
+    assert layer_of(block) is block._reft
     assert list(adapted_modules(torch.nn.Sequential(torch.nn.ReLU(), block))) == ["1"]

@@ -48,7 +48,7 @@ def add_adapters(base, adapters=ADAPTERS, **options):
             model = get_peft_model(base, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
-    for parameter in (p for name, p in model.named_parameters() if name.endswith(".R")):
+    for parameter in (p for name, p in model.named_parameters() if name.endswith("._R")):
         parameter.data += 0.1 * torch.randn_like(parameter)  # its rows are no longer orthonormal
     return model.eval()
 
@@ -196,7 +196,7 @@ def test_gradients_reach_each_adapter_from_its_own_rows(model):
     ids, mask = make_rows(4)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    own = {n: p.requires_grad_() for n, p in model.named_parameters() if ".reft." in n}
+    own = {n: p.requires_grad_() for n, p in model.named_parameters() if "._reft." in n}
     model(input_ids=ids, attention_mask=mask, adapter_names=names).logits.square().sum().backward()
     found = {n: p.grad.clone() for n, p in own.items() if p.grad is not None}
     model.zero_grad()

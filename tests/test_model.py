@@ -132,10 +132,10 @@ def test_blocks_stay_what_they_are(ids):
     blocks, names = [type(block) for block in base.model.layers], list(base.state_dict())
     model = get_peft_model(base, config())
     assert [type(block) for block in base.model.layers] == blocks
-    assert [name for name in base.state_dict() if ".reft." not in name] == names
+    assert [name for name in base.state_dict() if "._reft." not in name] == names
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if ".reft." in name}
-    assert "base_model.model.model.layers.0.reft.reft_prefix.default.R" in trained
+    assert trained == {name for name, _ in model.named_parameters() if "._reft." in name}
+    assert "base_model.model.model.layers.0._reft._reft_prefix.default._R" in trained
 
 
 def test_zero_edit_at_the_start(ids):
@@ -180,7 +180,11 @@ def test_named_modules_are_edited_at_their_output(adapt, ids):
 
 def test_rank_pattern(ids):
     model = get_peft_model(make_llama(), config(rank_pattern={"layers.1": 2}))
-    assert [block.reft.reft_prefix["default"].R.shape[0] for block in model.get_base_model().model.layers] == [4, 2, 4]
+    assert [block._reft._reft_prefix["default"].R.shape[0] for block in model.get_base_model().model.layers] == [
+        4,
+        2,
+        4,
+    ]
 
 
 def test_nothing_changes_before_an_error():
@@ -235,8 +239,10 @@ def test_saved_files(saved):
         "README.md",
     }
     tensors = load_file(path / "adapter" / "adapter_model.safetensors")
-    units = [f"base_model.model.model.layers.{i}.reft.reft_{unit}" for i in range(3) for unit in ("prefix", "suffix")]
-    assert tensors.keys() == {f"{unit}.{name}" for unit in units for name in "RWb"}
+    units = [
+        f"base_model.model.model.layers.{i}._reft._reft_{unit}" for i in range(3) for unit in ("prefix", "suffix")
+    ]
+    assert tensors.keys() == {f"{unit}._{name}" for unit in units for name in "RWb"}
     assert sum(tensor.numel() for tensor in tensors.values()) == 6 * (2 * 4 * 32 + 4)
 
 
@@ -248,7 +254,7 @@ def test_from_pretrained(saved, ids, options):
     assert not any(p.requires_grad for p in model.parameters())
     trainable = PeftModel.from_pretrained(base_of(path), path / "adapter", is_trainable=True, **options)
     assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {
-        n for n, _ in trainable.named_parameters() if ".reft." in n
+        n for n, _ in trainable.named_parameters() if "._reft." in n
     }
 
 
@@ -300,10 +306,10 @@ def test_injection_from_a_state_dict(saved, ids):
     ("options", "message"),
     [
         (dict(r=5), r"is \[4, 32\], not \[5, 32\]"),
-        (dict(share_weights=True), "reft_prefix.R has no place"),
-        (dict(layers_to_transform=[0, 1]), "layers.2.reft.*has no place"),
-        (dict(positions="l2"), "reft_prefix.R has no place"),
-        (dict(intervention="consreft"), "W has no place"),
+        (dict(share_weights=True), "_reft_prefix._R has no place"),
+        (dict(layers_to_transform=[0, 1]), "layers.2._reft.*has no place"),
+        (dict(positions="l2"), "_reft_prefix._R has no place"),
+        (dict(intervention="consreft"), "_W has no place"),
     ],
 )
 def test_checkpoint_that_does_not_fit_its_config(saved, options, message):
@@ -320,9 +326,9 @@ def test_checkpoint_with_a_missing_tensor(saved):
     path, _ = saved
     file = path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
-    del tensors["base_model.model.model.layers.1.reft.reft_suffix.W"]
+    del tensors["base_model.model.model.layers.1._reft._reft_suffix._W"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="layers.1.reft.reft_suffix.default.W is missing"):
+    with pytest.raises(ValueError, match="layers.1._reft._reft_suffix.default._W is missing"):
         PeftModel.from_pretrained(base_of(path), path / "adapter")
 
 
@@ -343,10 +349,10 @@ def test_saving_half_an_adapter_is_refused(saved):
     folder, _ = saved
     model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), config())
     tensors = model.state_dict()
-    lost = next(key for key in tensors if key.endswith("default.W"))
-    with pytest.raises(ValueError, match="is not whole.*W is missing.*accelerator.get_state_dict"):
+    lost = next(key for key in tensors if key.endswith("default._W"))
+    with pytest.raises(ValueError, match="is not whole.*_W is missing.*accelerator.get_state_dict"):
         model.save_pretrained(folder / "half", state_dict={k: v for k, v in tensors.items() if k != lost})
-    with pytest.raises(ValueError, match=r"W is \[64\], not \[4, 32\]"):  # what a process has of it under FSDP1
+    with pytest.raises(ValueError, match=r"_W is \[64\], not \[4, 32\]"):  # what a process has of it under FSDP1
         model.save_pretrained(folder / "half", state_dict=tensors | {lost: tensors[lost].flatten()[:64]})
     with pytest.raises(ValueError, match="is missing"):
         model.save_pretrained(folder / "half", state_dict={})
@@ -374,7 +380,7 @@ def test_transformers_add_adapter(saved, ids):
     model = base_of(path)
     model.add_adapter(config(), adapter_name="new")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, _ in model.named_parameters() if ".reft." in n
+        n for n, _ in model.named_parameters() if "._reft." in n
     }
     expected = logits(model, ids)
     model.save_pretrained(path / "saved")
@@ -477,7 +483,7 @@ def test_status(ids):
     model = get_peft_model(make_llama(), config(layers_to_transform=[0, 2]))
     model.add_adapter("two", config(positions="l1"))
     for layers in (model.get_layer_status(), get_layer_status(model)):
-        assert [layer.name for layer in layers] == [f"model.model.layers.{i}.reft" for i in (0, 2, 1)] or len(
+        assert [layer.name for layer in layers] == [f"model.model.layers.{i}._reft" for i in (0, 2, 1)] or len(
             layers
         ) == 3
         assert {layer.module_type for layer in layers} == {"reft.ReftLayer"}
@@ -623,7 +629,7 @@ def test_reft_beside_lora(ids):
     labels = ids.clone()
     labels[:, :5] = -100
     model(input_ids=ids, labels=labels).loss.backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n or ".reft." in n)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n or "._reft." in n)
 
 
 # Modules and embeddings that are trained beside the adapter
@@ -676,6 +682,83 @@ def test_resized_embeddings(saved, ids):
     target.resize_token_embeddings(VOCABULARY + 3)
     loaded = PeftModel.from_pretrained(target, path / "resized")
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+# Names of adapters
+
+NAMES = ["b", "W", "R", "weight", "bias", "lora_A", "model", "base_model", "reft", "reft_", "reft_x", "reft_prefix"]
+NAMES += ["unit", "default2", "def", "a_b", "my-adapter", "with space", "x/y", "a+b(", "lm_head", "mlp", "ref"]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name:UserWarning")  # PEFT's, of a name that its prefix begins with
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_adapters(tmp_path, ids, name):
+    """Adapters that are saved, loaded, switched, mixed in a batch and deleted edit as by hand under any name."""
+    kinds = {"default": config(), name: config(positions="l1", r=2)}
+    columns = {"default": {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, name: {"unit": [[11]] * 2}}
+    model = get_peft_model(make_llama(), kinds["default"])
+    model.add_adapter(name, kinds[name])
+    by_hand = {each: ByHand(make_llama(), model, each).logits(columns[each], input_ids=ids) for each in kinds}
+    assert (by_hand["default"] - by_hand[name]).abs().max() > 0.1
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 18
+    assert len(get_peft_model_state_dict(model, adapter_name=name)) == 9
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
+    loaded.load_adapter(tmp_path / name, name)
+    plain = make_llama()  # without a PeftModel
+    plain.load_adapter(str(tmp_path), "default")
+    inject_adapter_in_model(kinds[name], plain, name)
+    set_peft_model_state_dict(plain, load_file(tmp_path / name / "adapter_model.safetensors"), name)
+    for each in (name, "default"):
+        loaded.set_adapter(each)
+        plain.set_adapter(each)
+        for found in (logits(loaded, ids), logits(plain, ids)):
+            torch.testing.assert_close(found, by_hand[each], atol=1e-5, rtol=1e-5)
+        plain.save_pretrained(tmp_path / "plain" / each)
+        again = make_llama()
+        again.load_adapter(str(tmp_path / "plain" / each), each)
+        assert torch.equal(logits(again, ids), logits(plain, ids))
+    with torch.no_grad():
+        mixed = loaded(input_ids=ids, adapter_names=[name, "default"]).logits
+    torch.testing.assert_close(mixed, torch.stack([by_hand[name][0], by_hand["default"][1]]), atol=1e-5, rtol=1e-5)
+    with pytest.warns(UserWarning, match="now deleted"):
+        loaded.delete_adapter("default")
+    torch.testing.assert_close(logits(loaded, ids), by_hand[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layers", "0", "_reft", "_reft_prefix", "_R"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_names_that_are_parts_of_keys(ids, name, first):
+    model = None if first else get_peft_model(make_llama(), config())
+    before = None if first else (logits(model, ids), list(model.state_dict()))
+    with pytest.raises(
+        ValueError, match=rf"cannot be called '{name}' here.*model.layers.0._reft.*another adapter_name"
+    ):
+        if first:
+            get_peft_model(make_llama(), config(), adapter_name=name)
+        else:
+            model.add_adapter(name, config())
+    if not first:
+        assert torch.equal(logits(model, ids), before[0]) and list(model.state_dict()) == before[1]
+        assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "refused"),
+    [
+        ("mlp", dict(target_modules=["mlp"]), "model.layers.0.mlp._reft"),
+        ("lm_head", dict(modules_to_save=["lm_head"]), "lm_head.modules_to_save.weight"),
+        ("weight", dict(modules_to_save=["lm_head"]), "lm_head.modules_to_save.weight"),
+        ("token_adapter", dict(trainable_token_indices=[5]), "embed_tokens.token_adapter"),
+    ],
+)
+def test_names_that_are_parts_of_what_another_adapter_saves(name, options, refused):
+    """Whichever of the two comes first."""
+    for names in ((name, "default"), ("default", name)):
+        kinds = {"default": config(**options), name: config()}
+        model = get_peft_model(make_llama(), kinds[names[0]], adapter_name=names[0])
+        with pytest.raises(ValueError, match=rf"cannot be called '{name}' here.*{refused}"):
+            model.add_adapter(names[1], kinds[names[1]])
 
 
 # Encoders, through every Auto class

@@ -236,7 +236,7 @@ def test_edits_are_checkpointed_with_their_block(adapt, ids, reentrant, of_embed
         model.get_base_model().disable_input_require_grads()
     blocks, calls = model.get_base_model().model.layers, [0, 0, 0]
     for number, block in enumerate(blocks):
-        block.reft.register_forward_pre_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
+        block._reft.register_forward_pre_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
     loss = model(input_ids=ids, labels=labels).loss
     assert calls == [1, 1, 1]
     loss.backward()

@@ -62,7 +62,7 @@ def test_placed_after_the_adapter_was_added(ids, tmp_path, how):
     model = get_peft_model(copy.deepcopy(base), config()).eval()
     by_hand = ByHand(base, copy.deepcopy(model))
     place(model.get_base_model(), how, str(tmp_path))
-    adapter = model.get_base_model().model.layers[0].reft.reft_prefix["default"].R
+    adapter = model.get_base_model().model.layers[0]._reft._reft_prefix["default"].R
     assert adapter.is_meta == (how != "one device")  # offloaded, like the block that it belongs to
     assert_edited(model, by_hand, ids)
 

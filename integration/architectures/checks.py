@@ -136,7 +136,7 @@ class Architecture:
         loss = output.logits.pow(2).mean() if output.get("loss") is None else output.loss
         loss.backward()
         self.model.eval()
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if ".reft." in name}
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if "._reft." in name}
         without = [name for name, gradient in gradients.items() if gradient is None]
         require(not without, f"no gradient for {len(without)} of {len(gradients)} parameters, such as {without[:1]}")
         frozen = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.requires_grad]

@@ -275,7 +275,7 @@ def train(folder, name, rate, seed, steps, tokens):
         if name in PARAMETRIZATIONS:
             with torch.random.fork_rng(devices=[]):  # it draws the rest of a basis; the data stay in the same order
                 for unit in interventions(model):
-                    parametrizations.orthogonal(unit, "R", PARAMETRIZATIONS[name])
+                    parametrizations.orthogonal(unit, "_R", PARAMETRIZATIONS[name])
         function = FUNCTIONS.get(name.removesuffix(WHOLE), lambda rows: rows)
         stack.enter_context(mock.patch.object(intervention, "orthonormal_rows", function))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

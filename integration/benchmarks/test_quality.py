@@ -423,8 +423,8 @@ def test_mixed_basis(data, folders):
         parameters.append(dict(unit.named_parameters()))
     own, other = parameters
     assert losses[1].item() == pytest.approx(losses[0].item(), abs=1e-6)
-    basis = unit.parametrizations.R[0].basis
-    for name in ("R", "W"):
+    basis = unit.parametrizations._R[0].basis
+    for name in ("_R", "_W"):
         gradient = other[f"parametrizations.{name}.original"].grad
         assert torch.allclose(gradient @ basis, own[name].grad, atol=1e-6)
         assert not torch.allclose(gradient, own[name].grad, rtol=0.1)
@@ -438,7 +438,7 @@ def test_edits_end_with_the_prompt(data, folders):
     learner = make_learner(prepared.job(options, 0, []))
     sample = prepared.train[0]
     seen = []
-    learner.base.model.layers[0].reft.register_forward_hook(
+    learner.base.model.layers[0]._reft.register_forward_hook(
         lambda module, args, output: seen.append((args[0], output))
     )
     with torch.no_grad():

@@ -44,7 +44,7 @@ def tensors(model):
     state = model.state_dict()
     assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
     assert any(name.endswith(("absmax", "SCB")) for name in state)
-    return {name: tensor.clone() for name, tensor in state.items() if ".reft." not in name}
+    return {name: tensor.clone() for name, tensor in state.items() if "._reft." not in name}
 
 
 def assert_unchanged(model, before):

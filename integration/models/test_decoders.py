@@ -88,7 +88,7 @@ def test_training(ids, family):
             with torch.no_grad():
                 torch.testing.assert_close(mode(**inputs, **told).logits, expected, atol=1e-5, rtol=1e-5)
     model(**inputs, labels=labels).loss.backward()
-    missing = [name for name, p in model.named_parameters() if ".reft." in name and p.grad is None]
+    missing = [name for name, p in model.named_parameters() if "._reft." in name and p.grad is None]
     assert not missing
 
 

@@ -109,7 +109,7 @@ def test_tasks(ids, family, task, padding):
     loss = model(**inputs, **labels)
     if labels:
         loss.loss.backward()
-        assert all(p.grad is not None for name, p in model.named_parameters() if ".reft." in name)
+        assert all(p.grad is not None for name, p in model.named_parameters() if "._reft." in name)
 
 
 def test_embeddings_of_a_batch_are_those_of_each_sentence(ids):

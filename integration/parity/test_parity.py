@@ -122,8 +122,8 @@ def test_generated_tokens(fixture):
 def test_losses(case, tmp_path):
     fixture = Fixture(case, tmp_path, "initial")
     expected = fixture.reference["losses"]
-    frozen = ".R" if fixture.told.get("frozen") else None
-    parameters = [p for n, p in fixture.model.named_parameters() if ".reft_" in n and not n.endswith(frozen or "-")]
+    frozen = "._R" if fixture.told.get("frozen") else None
+    parameters = [p for n, p in fixture.model.named_parameters() if "._reft_" in n and not n.endswith(frozen or "-")]
     for parameter in parameters:
         parameter.requires_grad = True
     optimizer, losses = torch.optim.AdamW(parameters, **OPTIMIZER), []

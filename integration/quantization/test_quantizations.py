@@ -70,7 +70,7 @@ def tensors(model):
     """Every parameter and buffer of a base model, and all that its weights were quantized with."""
     found = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers(), *model.state_dict().items()]:
-        if isinstance(tensor, torch.Tensor) and ".reft." not in name:
+        if isinstance(tensor, torch.Tensor) and "._reft." not in name:
             found |= dict(parts(name, tensor))
     return found
 
@@ -81,7 +81,7 @@ def logits(model, input_ids):
 
 
 def trained(model, lowest=False):
-    return [p for name, p in model.named_parameters() if p.requires_grad and (not lowest or ".0.reft." in name)]
+    return [p for name, p in model.named_parameters() if p.requires_grad and (not lowest or ".0._reft." in name)]
 
 
 def slope(model, parameters, inputs, size=0.01):
@@ -156,11 +156,11 @@ def test_training_without_gradients_is_refused(quantized, load, inputs, kind):
 
     # It would have trained wrongly: the first tokens' edits, which the answer reads by attention alone
     with_gradient = get_peft_model(quantized(WITHOUT_GRADIENT[kind])(), reft(init_weights=False))
-    with_gradient.load_state_dict({k: v for k, v in model.state_dict().items() if ".reft." in k}, strict=False)
+    with_gradient.load_state_dict({k: v for k, v in model.state_dict().items() if "._reft." in k}, strict=False)
     forget_check(model.get_base_model())
     prefix = []
     for each in (model, with_gradient):
         each.train()(**inputs).loss.backward()
-        unit = each.get_base_model().model.layers[0].reft.reft_prefix["default"]
+        unit = each.get_base_model().model.layers[0]._reft._reft_prefix["default"]
         prefix.append(torch.cat([p.grad.flatten() for p in unit.parameters()]))
     assert (prefix[0] - prefix[1]).norm() > 0.5 * prefix[1].norm() > 0

@@ -48,7 +48,7 @@ def train(folder, data, tokenizer, callbacks=(), context=None, selective=False, 
     tensors = trained_tensors(trainer.model)
     unchanged = {name for name, tensor in tensors.items() if torch.equal(before[name], tensor)}
     assert all(
-        f"layers.{layers - 1}.reft.reft_prefix" in name for name in unchanged
+        f"layers.{layers - 1}._reft._reft_prefix" in name for name in unchanged
     )  # after which no attention reads it
     assert not selective or "context_fn" in blocks[0]._gradient_checkpointing_func.function.keywords
     return losses(trainer), tensors, calls

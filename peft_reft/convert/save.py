@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from ..config import VARIANTS, ReftConfig
 from ..intervention import LENGTH
-from ..layer import LAYER
+from ..layer import Key
 from ..model import PEFT_PREFIX, check_checkpoint, needed_tensors
 from ..orthogonal import orthonormal_rows
 from ..targets import find_blocks
@@ -184,7 +184,7 @@ def state_of(units: dict[str, dict[str, Tensors]], edits: Edits) -> Iterator[tup
             if VARIANTS[edits.intervention].orthonormal:
                 saved["R"] = LENGTH * saved["R"]  # as new ones are drawn: it trains on as it did
             for name, tensor in saved.items():
-                yield f"{PEFT_PREFIX}{module}.{LAYER}.reft_{unit}.default.{name}", tensor.contiguous()
+                yield f"{PEFT_PREFIX}{Key(module, unit, name, 'default')}", tensor.contiguous()
     for key, tensor in edits.head.items():
         module, _, name = key.partition(".")
         yield f"{PEFT_PREFIX}{module}.modules_to_save.default.{name}", tensor

@@ -89,7 +89,7 @@ class WithReft(WithPeft):
         super().__init__(base, config)
         for unit in [module for module in self.model.modules() if isinstance(module, Intervention)]:
             for name in mixed:
-                register_parametrization(unit, name, MixedBasis(unit.d).to(base.device))
+                register_parametrization(unit, f"_{name}", MixedBasis(unit.d).to(base.device))
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         return super().inputs(batch) | {"prompt_lengths": batch.prompt_lengths}
