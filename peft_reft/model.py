@@ -22,6 +22,7 @@ from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .targets import find_targets, is_excluded
+from .transaction import remember, transaction
 
 TAG = "reft"
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
@@ -71,6 +72,11 @@ class ReftModel(BaseTuner):
 
     # Injection
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with transaction():
+            remember(model)
+            super().__init__(model, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -85,14 +91,18 @@ class ReftModel(BaseTuner):
                 key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
             }
         refuse_sharded(model)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        hook_model(model, self.peft_config[adapter_name])
-        keep_dtypes(model)
-        if not self.peft_config[adapter_name].inference_mode:
-            keep_unpacked(model)
-            check_gradients_at_first(model)
-        if isinstance(model, PreTrainedModel):
-            model.add_model_tags(TAG)
+        with transaction():
+            config = self.peft_config.pop(adapter_name)  # which is there before its adapter
+            remember(self)
+            self.peft_config[adapter_name] = config
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            hook_model(model, self.peft_config[adapter_name])
+            keep_dtypes(model)
+            if not self.peft_config[adapter_name].inference_mode:
+                keep_unpacked(model)
+                check_gradients_at_first(model)
+            if isinstance(model, PreTrainedModel):
+                model.add_model_tags(TAG)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config

@@ -4,6 +4,7 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,14 @@ from transformers.integrations import PeftAdapterMixin
 from . import continuous_batching
 from .card import describe_use
 from .checkpoints import STATE
+from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import adapted_modules
-from .model import ReftModel, misfit
+from .model import ReftModel, misfit, needed_tensors
 from .quantized import keep_dtypes
 from .registration import REFT
+from .transaction import remember, transaction
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
 def complete_upstream() -> None:
     """Complete the methods, once."""
     complete(PeftModel, "_upload_modified_files", upload_with_card)
-    complete(PeftModel, "load_adapter", load_or_take_back)
+    complete(PeftModel, "from_pretrained", load_model_or_undo)
+    complete(PeftModel, "load_adapter", load_or_undo)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
+    complete(PeftAdapterMixin, "add_adapter", add_or_undo)
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
@@ -56,7 +61,8 @@ def complete_trainer() -> None:
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
     """Replace a method of a class or a function of a module by `completed`, which is given it before its arguments."""
-    method = getattr(owner, name)
+    static = inspect.getattr_static(owner, name)
+    method = static.__func__ if isinstance(static, classmethod) else static
     if "completed_by_reft" in vars(method):
         return
 
@@ -65,7 +71,7 @@ def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
         return completed(method, self, *args, **kwargs)
 
     vars(replacement)["completed_by_reft"] = True
-    setattr(owner, name, replacement)
+    setattr(owner, name, classmethod(replacement) if isinstance(static, classmethod) else replacement)
 
 
 def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +83,15 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     return method(model, folder, *args, **kwargs)
 
 
-def load_or_take_back(
+def load_model_or_undo(
+    method: Callable[..., PeftModel], cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any
+) -> PeftModel:
+    """PEFT's `from_pretrained` adapts the model before it looks at the checkpoint, and would leave it so."""
+    with transaction():
+        return method(cls, model, *args, **kwargs)
+
+
+def load_or_undo(
     method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit.
@@ -85,19 +99,16 @@ def load_or_take_back(
     Raises:
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do.
     """
-    before = set(model.peft_config)
+    if not isinstance(model.base_model, ReftModel):
+        return method(model, model_id, adapter_name, *args, **kwargs)
     in_place = is_in_place(model, adapter_name)  # as when training is resumed
-    if not in_place:
-        refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
-    try:
+    with transaction():
+        remember(model, adapter_name)
+        if not in_place:
+            refuse_disk(model, {adapter_name} & set(model.peft_config))  # which `from_pretrained` has added, and would place anew
         with placed_for_good(model) if in_place else overwritten(model):
             result = method(model, model_id, adapter_name, *args, **kwargs)
-    except BaseException:  # an interrupt, too, would leave it, of zeros
-        for name in set(model.peft_config) - before:
-            if model.peft_config[name].peft_type == REFT:
-                model.delete_adapter(name)
-        raise
-    keep_dtypes(model)  # of tensors that may be other ones than those that were made
+        keep_dtypes(model)  # of tensors that may be other ones than those that were made
     return result
 
 
@@ -125,9 +136,6 @@ def placed_for_good(model: PeftModel) -> Iterator[None]:
 def overwritten(model: PeftModel) -> Iterator[None]:
     """Have an adapter that is added not be initialised: that takes longer than to load it, and is lost at once."""
     tuner: Any = model.base_model
-    if not isinstance(tuner, ReftModel):
-        yield
-        return
     tuner.is_loading = True
     try:
         yield
@@ -172,23 +180,30 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     """transformers' `load_adapter` reports tensors that are missing or too many, and goes on without them.
 
     Raises:
-        ValueError: if the checkpoint does not fit its config; the adapter is deleted again.
+        ValueError: if the checkpoint does not fit its config; the model is then what it was before.
     """
     before = set(getattr(model, "peft_config", {}))
-    info = method(model, *args, **kwargs)
-    added = [name for name in model.peft_config if name not in before]
-    if not any(model.peft_config[name].peft_type == REFT for name in added):
-        return info
-    problems = [f"{key} is missing" for key in info.missing_keys if ".reft_" in key]
-    problems += [f"{key} has no place" for key in info.unexpected_keys if ".reft_" in key]
-    try:
-        refuse_disk(model, added)
-        if problems:
-            raise misfit(added[0], problems)
-    except ValueError:
-        model.delete_adapter(added)
-        raise
+    with transaction():
+        info = method(model, *args, **kwargs)
+        added = [name for name in model.peft_config if name not in before]
+        if any(model.peft_config[name].peft_type == REFT for name in added):
+            refuse_disk(model, added)
+            # The tensors of other adapters are missing from the checkpoint as well.
+            problems = [f"{key} is missing" for key in info.missing_keys & needed_tensors(model, added[0]).keys()]
+            problems += [f"{key} has no place" for key in info.unexpected_keys if ".reft_" in key]
+            if problems:
+                raise misfit(added[0], problems)
     return info
+
+
+def add_or_undo(
+    method: Callable[..., None], model: Any, adapter_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """transformers' `add_adapter` adds an adapter and then activates it, which other adapters may not allow."""
+    with transaction():
+        if isinstance(adapter_config, ReftConfig):
+            remember(model)
+        method(model, adapter_config, *args, **kwargs)
 
 
 def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
