@@ -86,15 +86,15 @@ class ReftModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
-        if state_dict is not None:  # PEFT reads from its keys which modules to adapt
-            state_dict = {
-                key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
-            }
-        refuse_sharded(model)
         with transaction():
-            config = self.peft_config.pop(adapter_name)  # which is there before its adapter
+            config = self.peft_config.pop(adapter_name)  # PEFT adds it before the adapter
             remember(self)
             self.peft_config[adapter_name] = config
+            refuse_sharded(model)
+            if state_dict is not None:  # PEFT reads from its keys which modules to adapt
+                state_dict = {
+                    key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
+                }
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             hook_model(model, self.peft_config[adapter_name])
             keep_dtypes(model)

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 def complete_upstream() -> None:
     """Complete the methods, once."""
     complete(PeftModel, "_upload_modified_files", upload_with_card)
-    complete(PeftModel, "from_pretrained", load_model_or_undo)
+    complete(PeftModel, "__init__", undo_on_error)
+    complete(PeftModel, "add_adapter", undo_on_error)
+    complete(PeftModel, "from_pretrained", undo_on_error)
     complete(PeftModel, "load_adapter", load_or_undo)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
     complete(PeftAdapterMixin, "add_adapter", add_or_undo)
@@ -83,12 +85,13 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     return method(model, folder, *args, **kwargs)
 
 
-def load_model_or_undo(
-    method: Callable[..., PeftModel], cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any
-) -> PeftModel:
-    """PEFT's `from_pretrained` adapts the model before it looks at the checkpoint, and would leave it so."""
+def undo_on_error(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT goes on after an adapter was added: it casts, prepares the model, and `from_pretrained` loads a checkpoint.
+
+    What was added would stay in the model if that fails.
+    """
     with transaction():
-        return method(cls, model, *args, **kwargs)
+        return method(owner, *args, **kwargs)
 
 
 def load_or_undo(

@@ -124,8 +124,8 @@ def beside_lora():
 
 
 def peft_model():
-    model = get_peft_model(make_model(), config(trainable_token_indices=[3, 5]), "first")
-    model.add_adapter("other", config(r=3))
+    model = get_peft_model(make_model(), config(), "first")
+    model.add_adapter("other", config(r=3, modules_to_save=["lm_head"]))
     return model.train()
 
 
@@ -235,3 +235,34 @@ def test_model_is_as_before(folder, monkeypatch, make, road, fault):
         with pytest.raises((Exception, KeyboardInterrupt)):
             (ADD | LOAD)[road](model, folder)
     assert before.differences(Fingerprint(model)) == []
+
+
+def interrupt_in(call, function):
+    """Call a function, interrupt the Python call of that number within it, and return how many there were."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+        if event == "call" and count == call:
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "road"), ROADS)
+def test_interrupted_anywhere(folder, make, road):
+    model, function = MODELS[make](), (ADD | LOAD)[road]
+    calls = interrupt_in(None, lambda: function(MODELS[make](), folder))
+    own = interrupt_in(None, MODELS[make])
+    before = Fingerprint(model)
+    for tenth in range(10):
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_in(1 + (calls - own) * tenth // 10, lambda: function(model, folder))
+        assert before.differences(Fingerprint(model)) == [], f"interrupted after {tenth} tenths"
