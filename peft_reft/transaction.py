@@ -18,16 +18,19 @@ _transactions = PerThread()  # those that are open, the outermost first, each as
 
 
 @contextmanager
-def transaction() -> Iterator[None]:
+def transaction() -> Iterator[list["Snapshot"]]:
     """Restore what is remembered within the context if it ends with an error or an interrupt.
 
     Within another transaction it is part of that, which restores it, too, if something fails later.
+
+    Yields:
+        `list[Snapshot]`: what would be restored, from the last one to the first.
     """
     snapshots: list[Snapshot] = []
     outer = _transactions.value or ()
     _transactions.value = (*outer, snapshots)
     try:
-        yield
+        yield snapshots
     except BaseException:
         for snapshot in reversed(snapshots):
             snapshot.restore()

@@ -27,7 +27,7 @@ from .layer import adapted_modules
 from .model import ReftModel, misfit, needed_tensors
 from .quantized import keep_dtypes
 from .registration import REFT
-from .transaction import remember, transaction
+from .transaction import Snapshot, remember, transaction
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,7 +39,7 @@ def complete_upstream() -> None:
     complete(PeftModel, "_upload_modified_files", upload_with_card)
     complete(PeftModel, "__init__", undo_on_error)
     complete(PeftModel, "add_adapter", undo_on_error)
-    complete(PeftModel, "from_pretrained", undo_on_error)
+    complete(PeftModel, "from_pretrained", load_model_or_undo)
     complete(PeftModel, "load_adapter", load_or_undo)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
     complete(PeftAdapterMixin, "add_adapter", add_or_undo)
@@ -86,12 +86,25 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
 
 
 def undo_on_error(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT goes on after an adapter was added: it casts, prepares the model, and `from_pretrained` loads a checkpoint.
-
-    What was added would stay in the model if that fails.
-    """
+    """PEFT goes on after an adapter was added, casts it and prepares the model: if that fails, it would stay."""
     with transaction():
         return method(owner, *args, **kwargs)
+
+
+def load_model_or_undo(
+    method: Callable[..., PeftModel], cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any
+) -> PeftModel:
+    """PEFT's `from_pretrained` adapts a model before it looks at the checkpoint, and would leave it so.
+
+    Before that it takes accelerate's hooks off a model that is offloaded, which then cannot be called.
+    """
+    with transaction() as snapshots:
+        before = Snapshot(model) if getattr(model, "hf_device_map", None) else None
+        try:
+            return method(cls, model, *args, **kwargs)
+        finally:
+            if before is not None and snapshots:  # a ReFT adapter was to be added
+                snapshots.insert(0, before)
 
 
 def load_or_undo(
@@ -108,7 +121,9 @@ def load_or_undo(
     with transaction():
         remember(model, adapter_name)
         if not in_place:
-            refuse_disk(model, {adapter_name} & set(model.peft_config))  # which `from_pretrained` has added, and would place anew
+            refuse_disk(
+                model, {adapter_name} & set(model.peft_config)
+            )  # which `from_pretrained` has added, and would place anew
         with placed_for_good(model) if in_place else overwritten(model):
             result = method(model, model_id, adapter_name, *args, **kwargs)
         keep_dtypes(model)  # of tensors that may be other ones than those that were made
@@ -199,9 +214,7 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     return info
 
 
-def add_or_undo(
-    method: Callable[..., None], model: Any, adapter_config: Any, *args: Any, **kwargs: Any
-) -> None:
+def add_or_undo(method: Callable[..., None], model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
     """transformers' `add_adapter` adds an adapter and then activates it, which other adapters may not allow."""
     with transaction():
         if isinstance(adapter_config, ReftConfig):

@@ -263,16 +263,15 @@ def interrupt_in(call, function):
     sys.setprofile(profile)
     try:
         function()
-    except ValueError:  # that of add_adapter, beside an adapter that saves a module
-        pass
     finally:
         sys.setprofile(None)
     return count
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("make", "road"), ROADS)
+@pytest.mark.parametrize(("make", "road"), [case for case in ROADS if case != ("beside_reft", "add_adapter")])
 def test_interrupted_anywhere(folder, make, road):
+    """Where `add_adapter` does not fail by itself, as beside an adapter that saves a module."""
     function = (ADD | LOAD)[road]
     own = interrupt_in(None, MODELS[make])
     calls = interrupt_in(None, lambda: function(MODELS[make](), folder)) - own
