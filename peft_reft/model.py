@@ -23,6 +23,7 @@ from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .targets import find_targets, is_excluded
+from .transaction import remember, transaction
 
 TAG = "reft"
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
@@ -72,6 +73,11 @@ class ReftModel(BaseTuner):
 
     # Injection
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with transaction():
+            remember(model)
+            super().__init__(model, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -81,21 +87,25 @@ class ReftModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
-        if state_dict is not None:  # PEFT reads from its keys which modules to adapt
-            keys = {key: Key.read(key) for key in state_dict}
-            state_dict = {
-                key if own is None else f"{own.module}.{self.prefix}{own.unit}.{own.tensor}": state_dict[key]
-                for key, own in keys.items()
-            }
-        refuse_sharded(model)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        hook_model(model, self.peft_config[adapter_name])
-        keep_dtypes(model)
-        if not self.peft_config[adapter_name].inference_mode:
-            keep_unpacked(model)
-            check_gradients_at_first(model)
-        if isinstance(model, PreTrainedModel):
-            model.add_model_tags(TAG)
+        with transaction():
+            config = self.peft_config.pop(adapter_name)  # PEFT adds it before the adapter
+            remember(self)
+            self.peft_config[adapter_name] = config
+            refuse_sharded(model)
+            if state_dict is not None:  # PEFT reads from its keys which modules to adapt
+                keys = {key: Key.read(key) for key in state_dict}
+                state_dict = {
+                    key if own is None else f"{own.module}.{self.prefix}{own.unit}.{own.tensor}": state_dict[key]
+                    for key, own in keys.items()
+                }
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            hook_model(model, self.peft_config[adapter_name])
+            keep_dtypes(model)
+            if not self.peft_config[adapter_name].inference_mode:
+                keep_unpacked(model)
+                check_gradients_at_first(model)
+            if isinstance(model, PreTrainedModel):
+                model.add_model_tags(TAG)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config

@@ -24,12 +24,14 @@ from . import continuous_batching
 from .card import describe_use
 from .checkpoints import STATE
 from .compatibility import check_config
+from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import LAYER, adapted_modules
-from .model import ReftModel, check_keys, misfit
+from .model import ReftModel, check_keys, misfit, needed_tensors
 from .quantized import keep_dtypes
 from .registration import REFT
+from .transaction import Snapshot, remember, transaction
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,8 +41,12 @@ if TYPE_CHECKING:
 def complete_upstream() -> None:
     """Complete the methods, once."""
     complete(PeftModel, "_upload_modified_files", upload_with_card)
-    complete(PeftModel, "load_adapter", load_or_take_back)
+    complete(PeftModel, "__init__", undo_on_error)
+    complete(PeftModel, "add_adapter", undo_on_error)
+    complete(PeftModel, "from_pretrained", load_model_or_undo)
+    complete(PeftModel, "load_adapter", load_or_undo)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
+    complete(PeftAdapterMixin, "add_adapter", add_or_undo)
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
@@ -63,7 +69,8 @@ def complete_trainer() -> None:
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
     """Replace a method of a class or a function of a module by `completed`, which is given it before its arguments."""
-    method = getattr(owner, name)
+    static = inspect.getattr_static(owner, name)
+    method = static.__func__ if isinstance(static, classmethod) else static
     if "completed_by_reft" in vars(method):
         return
 
@@ -72,7 +79,7 @@ def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
         return completed(method, self, *args, **kwargs)
 
     vars(replacement)["completed_by_reft"] = True
-    setattr(owner, name, replacement)
+    setattr(owner, name, classmethod(replacement) if isinstance(static, classmethod) else replacement)
 
 
 def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +91,29 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     return method(model, folder, *args, **kwargs)
 
 
-def load_or_take_back(
+def undo_on_error(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT goes on after an adapter was added, casts it and prepares the model: if that fails, it would stay."""
+    with transaction():
+        return method(owner, *args, **kwargs)
+
+
+def load_model_or_undo(
+    method: Callable[..., PeftModel], cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any
+) -> PeftModel:
+    """PEFT's `from_pretrained` adapts a model before it looks at the checkpoint, and would leave it so.
+
+    Before that it takes accelerate's hooks off a model that is offloaded, which then cannot be called.
+    """
+    with transaction() as snapshots:
+        before = Snapshot(model) if getattr(model, "hf_device_map", None) else None
+        try:
+            return method(cls, model, *args, **kwargs)
+        finally:
+            if before is not None and snapshots:  # a ReFT adapter was to be added
+                snapshots.insert(0, before)
+
+
+def load_or_undo(
     method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit.
@@ -95,21 +124,20 @@ def load_or_take_back(
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do, or has another config
             than the one that is there.
     """
-    before = set(model.peft_config)
-    if adapter_name in before:
-        check_folder(model, adapter_name, model_id, **model._split_kwargs(kwargs)[0])
-    in_place = is_in_place(model, adapter_name)  # as when training is resumed
-    if not in_place:
-        refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
-    try:
+    with transaction():
+        is_reft = isinstance(model.base_model, ReftModel)
+        if is_reft:
+            remember(model, adapter_name)
+        if adapter_name in model.peft_config:
+            check_folder(model, adapter_name, model_id, **model._split_kwargs(kwargs)[0])
+        if not is_reft:
+            return method(model, model_id, adapter_name, *args, **kwargs)
+        in_place = is_in_place(model, adapter_name)  # as when training is resumed
+        if not in_place:  # but placed anew, if `from_pretrained` has added it
+            refuse_disk(model, {adapter_name} & set(model.peft_config))
         with placed_for_good(model) if in_place else overwritten(model):
             result = method(model, model_id, adapter_name, *args, **kwargs)
-    except BaseException:  # an interrupt, too, would leave it, of zeros
-        for name in set(model.peft_config) - before:
-            if model.peft_config[name].peft_type == REFT:
-                model.delete_adapter(name)
-        raise
-    keep_dtypes(model)  # of tensors that may be other ones than those that were made
+        keep_dtypes(model)  # of tensors that may be other ones than those that were made
     return result
 
 
@@ -168,9 +196,6 @@ def placed_for_good(model: PeftModel) -> Iterator[None]:
 def overwritten(model: PeftModel) -> Iterator[None]:
     """Have an adapter that is added not be initialised: that takes longer than to load it, and is lost at once."""
     tuner: Any = model.base_model
-    if not isinstance(tuner, ReftModel):
-        yield
-        return
     tuner.is_loading = True
     try:
         yield
@@ -215,29 +240,31 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     """transformers' `load_adapter` reports tensors that are missing or too many, and goes on without them.
 
     Raises:
-        ValueError: if the checkpoint does not fit its config, or has tensors that the adapter does not need; the
-            adapter is deleted again.
+        ValueError: if the checkpoint does not fit its config, or has tensors that the adapter does not need; the model
+            is then what it was before.
     """
     before = set(getattr(model, "peft_config", {}))
     check_given_config(inspect.signature(method).bind(model, *args, **kwargs).arguments)
-    try:
+    with transaction():
         with keys_checked(model, before):
             info = method(model, *args, **kwargs)
         added = [name for name in model.peft_config if name not in before]
-        if not any(model.peft_config[name].peft_type == REFT for name in added):
-            return info
-        own = f".{LAYER}."
-        problems = [f"{key} is missing" for key in info.missing_keys if own in key]
-        problems += [f"{key} has no place" for key in info.unexpected_keys if own in key]
-        refuse_disk(model, added)
-        if problems:
-            raise misfit(added[0], problems)
-    except ValueError:
-        added = [name for name in getattr(model, "peft_config", {}) if name not in before]
         if any(model.peft_config[name].peft_type == REFT for name in added):
-            model.delete_adapter(added)
-        raise
+            refuse_disk(model, added)
+            # The tensors of other adapters are missing from the checkpoint as well.
+            problems = [f"{key} is missing" for key in info.missing_keys & needed_tensors(model, added[0]).keys()]
+            problems += [f"{key} has no place" for key in info.unexpected_keys if f".{LAYER}." in key]
+            if problems:
+                raise misfit(added[0], problems)
     return info
+
+
+def add_or_undo(method: Callable[..., None], model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers' `add_adapter` adds an adapter and then activates it, which other adapters may not allow."""
+    with transaction():
+        if isinstance(adapter_config, ReftConfig):
+            remember(model)
+        method(model, adapter_config, *args, **kwargs)
 
 
 def check_given_config(arguments: dict[str, Any]) -> None:

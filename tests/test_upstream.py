@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from by_hand import VOCABULARY, make_llama
+from by_hand import VOCABULARY, ByHand, generated, make_llama
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -368,3 +368,103 @@ def test_embeddings_of_a_resized_vocabulary(tmp_path, load):
     save_file(more, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="does not need: base_model.model.model.layers.0.mlp.up_proj.weight. They"):
         load(resized(), tmp_path / "adapter", more)
+
+
+# Several adapters by transformers' functions
+
+REFTS = {
+    "one": dict(r=2, positions="f2+l2"),
+    "two": dict(r=3, positions="l1", layers_to_transform=[1]),
+    "three": dict(r=2, positions="f1+l1", share_weights=True),
+}
+COLUMNS = {
+    "one": {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2},
+    "two": {"unit": [[11]] * 2},
+    "three": {"unit": [[0, 11]] * 2},
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three adapters of each kind in folders of their names."""
+    for name, options in REFTS.items():
+        reft = ReftConfig(task_type="CAUSAL_LM", init_weights=False, **options)
+        get_peft_model(make_llama(), reft).save_pretrained(tmp_path / "reft" / name)
+        lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+        get_peft_model(make_llama(), lora).save_pretrained(tmp_path / "lora" / name)
+    return tmp_path
+
+
+def state_of(model):
+    """The active adapters, what is trained of each adapter, and the mode."""
+    flags = {}
+    for name, parameter in model.named_parameters():
+        parts = [part for part in name.split(".") if part in ("one", "two", "three", "new")]
+        flags.setdefault("".join(parts), set()).add(parameter.requires_grad)
+    return model.active_adapters() if hasattr(model, "peft_config") else None, flags, model.training
+
+
+STEPS = [
+    lambda m, load: load("one"),
+    lambda m, load: load("two"),
+    lambda m, load: m.set_adapter("one"),
+    lambda m, load: load("three"),
+    lambda m, load: m.disable_adapters(),
+    lambda m, load: m.enable_adapters(),
+    lambda m, load: m.set_adapter("two"),
+    lambda m, load: m.delete_adapter("two"),
+    lambda m, load: load("two"),
+    lambda m, load: m.delete_adapter(["two", "one"]),
+    lambda m, load: m.delete_adapter("three"),
+    lambda m, load: load("one"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [None, "new"])
+@pytest.mark.parametrize("trained", [(), ("one",), ("two", "three")])
+def test_several_adapters_by_load_adapter(folders, ids, trained, first):
+    """Flags, modes and active adapters are those of LoRA's adapters, and the logits those by hand."""
+    base, models = make_llama(), {"reft": make_llama(), "lora": make_llama()}
+    if first is not None:
+        models["reft"].add_adapter(ReftConfig(r=2, init_weights=False), first)
+        models["lora"].add_adapter(LoraConfig(target_modules=["q_proj"]), first)
+    for number, step in enumerate(STEPS):
+        states = {}
+        for kind, model in models.items():
+
+            def load(name, kind=kind, model=model):
+                model.load_adapter(str(folders / kind / name), adapter_name=name, is_trainable=name in trained)
+
+            step(model, load)
+            states[kind] = state_of(model)
+        assert states["reft"] == states["lora"], f"step {number}"
+        active = [] if number == 4 or states["reft"][0] is None else states["reft"][0]
+        if active in (["one"], ["two"], ["three"], []):
+            model = models["reft"]
+            mode = model.training
+            with torch.no_grad():
+                found = model.eval()(input_ids=ids).logits
+            model.train(mode)
+            expected = (
+                ByHand(base, model, active[0]).logits(COLUMNS[active[0]], input_ids=ids)
+                if active
+                else base(input_ids=ids).logits
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_of_load_adapter_are_those_loaded_alone(folders, ids):
+    model = make_llama()
+    for name in REFTS:
+        model.load_adapter(str(folders / "reft" / name), adapter_name=name)
+    tokens = set()
+    for name in REFTS:
+        alone = make_llama()
+        alone.load_adapter(str(folders / "reft" / name), adapter_name=name)
+        model.set_adapter(name)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, alone(input_ids=ids).logits)
+        assert torch.equal(generated(model, ids), generated(alone, ids))
+        tokens.add(tuple(generated(alone, ids).flatten().tolist()))
+    assert len(tokens) == len(REFTS)
