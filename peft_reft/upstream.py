@@ -4,6 +4,7 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import other
 from transformers import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
 
 from . import continuous_batching
+from .base_adapters import base_peft_model, load_base_adapters, save_base_adapters, saved_base_adapters
 from .card import describe_use
 from .checkpoints import STATE
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import adapted_modules
-from .model import ReftModel, misfit
+from .layer import LAYER, adapted_modules
+from .model import ReftModel, misfit, plain_name
 from .quantized import keep_dtypes
 from .registration import REFT
 
@@ -35,6 +38,9 @@ def complete_upstream() -> None:
     """Complete the methods, once."""
     complete(PeftModel, "_upload_modified_files", upload_with_card)
     complete(PeftModel, "load_adapter", load_or_take_back)
+    complete(PeftModel, "save_pretrained", save_both)
+    complete(BaseTuner, "__init__", begin_tuner)
+    complete(BaseTuner, "_get_adapter_state_dict", own_state_dict)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
@@ -52,11 +58,14 @@ def complete_trainer() -> None:
         complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
         complete(module.Trainer, "save_model", save_sharded)
         complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
+        complete(module.Trainer, "_load_from_checkpoint", refuse_sharded_base_adapters)
+        complete(module.Trainer, "_load_best_model", load_best_of_both)
 
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
     """Replace a method of a class or a function of a module by `completed`, which is given it before its arguments."""
-    method = getattr(owner, name)
+    static = inspect.getattr_static(owner, name)
+    method = static.__func__ if isinstance(static, classmethod) else static
     if "completed_by_reft" in vars(method):
         return
 
@@ -65,7 +74,7 @@ def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
         return completed(method, self, *args, **kwargs)
 
     vars(replacement)["completed_by_reft"] = True
-    setattr(owner, name, replacement)
+    setattr(owner, name, classmethod(replacement) if isinstance(static, classmethod) else replacement)
 
 
 def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +86,49 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     return method(model, folder, *args, **kwargs)
 
 
+def save_both(method: Callable[..., Any], model: PeftModel, folder: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `save_pretrained` leaves out the adapters of a base model that is a `PeftModel` itself."""
+    method(model, folder, *args, **kwargs)
+    save_base_adapters(model, folder, *args, **kwargs)
+
+
+def begin_tuner(
+    method: Callable[..., Any],
+    tuner: BaseTuner,
+    model: Any,
+    peft_config: PeftConfig | dict[str, PeftConfig],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """PEFT puts one method on another in any order, and an adapter in the place of another of its name.
+
+    Raises:
+        ValueError: if another method is put on ReFT, or one of two adapters of a name would be lost.
+    """
+    if isinstance(model, PeftModel) and isinstance(model.base_model, ReftModel):
+        raise ValueError(
+            f"{type(tuner).__name__} cannot be put on a model with ReFT adapters: ReFT comes last. Add or load the "
+            "other adapter first and ReFT on top: model = PeftModel.from_pretrained(base, lora_folder), then "
+            "PeftModel.from_pretrained(model, reft_folder). model.unload() gives the model without ReFT."
+        )
+    config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+    there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    if there is not None and there.peft_type != config.peft_type and REFT in (there.peft_type, config.peft_type):
+        raise ValueError(
+            f"The model has an adapter {adapter_name!r} already, of type {there.peft_type.value}, which one of type "
+            f"{config.peft_type.value} would replace. Give the new one another adapter_name."
+        )
+    method(tuner, model, peft_config, adapter_name, *args, **kwargs)
+
+
+def own_state_dict(method: Callable[..., Any], cls: type[BaseTuner], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT saves with an adapter the tensors of every method that has one of its name in the model."""
+    reft = tuple(f"{plain_name(name)}.{LAYER}." for name in adapted_modules(model))
+    tensors = method(cls, model, *args, **kwargs)
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(reft)} if reft else tensors
+
+
 def load_or_take_back(
     method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -85,6 +137,9 @@ def load_or_take_back(
     Raises:
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do.
     """
+    base_adapter = saved_base_adapters(model).get(adapter_name)
+    if base_adapter is not None and adapter_name not in model.peft_config:  # a `Trainer` that resumes names subfolders
+        return base_peft_model(model).load_adapter(model_id, base_adapter, *args, **kwargs)  # type: ignore[union-attr]
     before = set(model.peft_config)
     in_place = is_in_place(model, adapter_name)  # as when training is resumed
     if not in_place:
@@ -242,6 +297,31 @@ def save_sharded(
         if trainer.args.should_save:
             trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
     method(trainer, output_dir, *args, **kwargs)
+
+
+def refuse_sharded_base_adapters(
+    method: Callable[..., Any], trainer: "Trainer", checkpoint: str, *args: Any, **kwargs: Any
+) -> None:
+    """accelerate saves and loads one adapter of a model that FSDP shards, and the others keep what they have.
+
+    Raises:
+        ValueError: if the base model has adapters of its own there.
+    """
+    if trainer.is_fsdp_enabled and base_peft_model(trainer.model) is not None:
+        raise ValueError(
+            "Training cannot be resumed under FSDP where the base model of ReFT has adapters of its own. Load both "
+            "from the checkpoint with PeftModel.from_pretrained(..., is_trainable=True), and start anew."
+        )
+    method(trainer, checkpoint, *args, **kwargs)
+
+
+def load_best_of_both(method: Callable[..., Any], trainer: "Trainer") -> None:
+    """transformers loads the best weights of one adapter: those of the base model's own belong to them."""
+    checkpoint: Any = trainer.state.best_model_checkpoint
+    if base_peft_model(trainer.model) is not None:
+        refuse_sharded_base_adapters(lambda *args: None, trainer, checkpoint)
+        load_base_adapters(trainer.model, checkpoint)  # type: ignore[arg-type]
+    method(trainer)
 
 
 def load_sharded_optimizer(method: Callable[..., Any], trainer: "Trainer", checkpoint: str | None) -> None:
