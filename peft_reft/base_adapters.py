@@ -20,8 +20,8 @@ from .config import ReftConfig
 from .layer import ReftLayer
 from .registration import REFT
 
-UNLOAD = "_unload_and_optionally_merge"  # of a tuner: what both `unload` and `merge_and_unload` call
-SAME_ADAPTER = "adapter_name='reft'"
+# Methods of a tuner that take modules away, on which ReFT may be, or go through all layers, and so through ReFT's.
+TAKING_AWAY = ("_unload_and_optionally_merge", "merge_adapter", "unmerge_adapter")
 
 
 def split_base(model: nn.Module) -> tuple[nn.Module, PeftModel | None]:
@@ -71,7 +71,7 @@ def check_saved_modules(base: nn.Module, below: PeftModel, config: ReftConfig, a
     if adapter_name in below.peft_config and (wrappers or own or tokens):
         raise ValueError(
             f"Both adapters are called {adapter_name!r}, and one trains modules beside itself, which PEFT then saves "
-            f"with both. Give the ReFT adapter another name, for example {SAME_ADAPTER}."
+            f"with both. Give the ReFT adapter another name, for example adapter_name='edits'."
         )
 
 
@@ -117,6 +117,13 @@ def note_base_adapters(config: ReftConfig, active: list[str]) -> None:
         config.base_adapters = active or None
 
 
+def are_trained(model: nn.Module) -> bool:
+    """Whether adapters of other methods are trained in a model."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
+    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    return any(p.requires_grad for part in parts if isinstance(part, nn.Module) for p in part.parameters())
+
+
 @contextmanager
 def others_kept(model: nn.Module, own: set[str]) -> Iterator[None]:
     """Keep modules that adapters of other methods train beside themselves as they are, active and trainable or not.
@@ -138,10 +145,21 @@ def others_kept(model: nn.Module, own: set[str]) -> Iterator[None]:
         parameter.requires_grad_(requires_grad)
 
 
-def refuse_unload(*args: Any, **kwargs: Any) -> nn.Module:
-    """What `unload` and `merge_and_unload` of a model below ReFT do, which take modules away that ReFT may adapt."""
+def keep_in_place(below: PeftModel) -> None:
+    """Have the adapters of a base model not be merged or unloaded below ReFT."""
+    vars(below.base_model).update(dict.fromkeys(TAKING_AWAY, refuse_to_take_away))
+
+
+def let_go(below: PeftModel) -> None:
+    """Undo `keep_in_place`."""
+    for name in TAKING_AWAY:
+        vars(below.base_model).pop(name, None)
+
+
+def refuse_to_take_away(*args: Any, **kwargs: Any) -> nn.Module:
+    """In place of the methods that merge or unload."""
     raise ValueError(
-        "The adapters of this model cannot be unloaded or merged for good while it is the base model of a ReFT "
+        "The adapters of this model cannot be merged, unmerged or unloaded while it is the base model of a ReFT "
         "adapter. Save both, then load and merge this one, and load the ReFT adapter into what that gives: "
         "PeftModel.from_pretrained(lora.merge_and_unload(), folder). Or call unload() on the model with ReFT first."
     )

@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .base_adapters import (
-    UNLOAD,
     active_base_adapters,
+    are_trained,
     check_saved_modules,
+    keep_in_place,
+    let_go,
     note_base_adapters,
     others_kept,
-    refuse_unload,
     split_base,
 )
 from .config import ReftConfig
@@ -102,7 +103,7 @@ class ReftModel(BaseTuner):
         except BaseException:
             model.peft_config = configs
             raise
-        vars(below.base_model)[UNLOAD] = refuse_unload
+        keep_in_place(below)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         with others_kept(self.model, self.own_names()):
@@ -156,12 +157,11 @@ class ReftModel(BaseTuner):
         below, config = self.base_peft_model, self.peft_config[adapter_name]
         configs = self.peft_config if below is None else below.peft_config
         note_base_adapters(config, active_base_adapters(model, configs))
-        is_trained = below is not None and any(p.requires_grad for p in below.parameters())
-        if is_trained and not config.inference_mode and adapted_modules(model):
+        if below is not None and are_trained(model) and not config.inference_mode and adapted_modules(model):
             raise ValueError(
                 "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first one "
                 "would then be on other weights than it was trained on. Freeze them before ReFT is added: "
-                "PeftModel.from_pretrained(base, folder), or set_requires_grad(name, False) of the base model. (TRL's "
+                "PeftModel.from_pretrained(base, folder), or lora.set_requires_grad(name, False). (TRL's "
                 "preference trainers add an adapter ref if they are given no ref_model.)"
             )
 
@@ -232,7 +232,7 @@ class ReftModel(BaseTuner):
         others = {name: config for name, config in self.peft_config.items() if name not in names}
         if below is not None:
             self.model.peft_config = below.peft_config
-            del vars(below.base_model)[UNLOAD]
+            let_go(below)
         elif others:  # of another tuner that adapted the model
             self.model.peft_config = others
         else:
