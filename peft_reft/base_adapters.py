@@ -52,7 +52,9 @@ def split_base(model: nn.Module) -> tuple[nn.Module, PeftModel | None]:
             "model, as LoRA does."
         )
     if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
-        raise ValueError("ReFT cannot be put on an activated LoRA (alora_invocation_tokens), which it would switch off.")
+        raise ValueError(
+            "ReFT cannot be put on an activated LoRA (alora_invocation_tokens), which it would switch off."
+        )
     return within, model
 
 

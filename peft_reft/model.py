@@ -114,7 +114,9 @@ class ReftModel(BaseTuner):
             super().set_requires_grad(adapter_names, requires_grad)
             return
         for module in self.model.modules():  # an adapter of the base model may have the same name
-            wraps = isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
+            wraps = (
+                isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
+            )
             if isinstance(module, ReftLayer) or wraps:
                 module.set_requires_grad(adapter_names, requires_grad)  # type: ignore[operator]
 

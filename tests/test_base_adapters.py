@@ -285,7 +285,10 @@ def test_files_are_those_of_each_alone(saved, base, lora, model, ids):
     files = {str(path.relative_to(saved / "adapter")) for path in (saved / "adapter").rglob("*") if path.is_file()}
     each = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert files == each | {f"lora-default/{name}" for name in each}
-    for folder, config, kind in (("adapter", reft_config(), ".reft_"), ("adapter/lora-default", lora_config(), ".lora_")):
+    for folder, config, kind in (
+        ("adapter", reft_config(), ".reft_"),
+        ("adapter/lora-default", lora_config(), ".lora_"),
+    ):
         alone = get_peft_model_state_dict(get_peft_model(copy.deepcopy(base), config))
         tensors = load_file(saved / folder / "adapter_model.safetensors")
         assert {key: t.shape for key, t in tensors.items()} == {key: t.shape for key, t in alone.items()}
@@ -439,7 +442,12 @@ def test_head_that_reft_trains(base, ids, tmp_path):
 @pytest.mark.parametrize(
     ("below", "above", "names", "match"),
     [
-        (dict(modules_to_save=["lm_head"]), {}, ("default", "default"), "another name, for example adapter_name='edits'"),
+        (
+            dict(modules_to_save=["lm_head"]),
+            {},
+            ("default", "default"),
+            "another name, for example adapter_name='edits'",
+        ),
         ({}, dict(modules_to_save=["lm_head"]), ("default", "default"), "another name"),
         ({}, dict(trainable_token_indices=[1]), ("default", "default"), "another name"),
         (dict(modules_to_save=["lm_head"]), dict(modules_to_save=["lm_head"]), ("qv", "edits"), "lm_head already"),

@@ -54,7 +54,9 @@ def test_trained_saved_and_resumed(tmp_path, load, tokenizer, pairs, ids):
     found = trained_tensors(resumed.model)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     trainer.save_model(str(tmp_path / "saved"))
-    model = PeftModel.from_pretrained(load(), tmp_path / "saved", subfolder="lora-default", autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(
+        load(), tmp_path / "saved", subfolder="lora-default", autocast_adapter_dtype=False
+    )
     model = PeftModel.from_pretrained(model, tmp_path / "saved")
     with torch.no_grad():
         logits = trainer.model.eval()(input_ids=ids).logits
