@@ -1,11 +1,11 @@
 """`ReftModel`: the tuner that gives the modules of a model their `ReftLayer`s."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
@@ -13,6 +13,16 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from .base_adapters import (
+    active_base_adapters,
+    are_trained,
+    check_saved_modules,
+    keep_in_place,
+    let_go,
+    note_base_adapters,
+    others_kept,
+    split_base,
+)
 from .compatibility import trained_tokens
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
@@ -71,12 +81,49 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # the blocks are found, whatever the architecture
     is_loading = False  # whether the values of an adapter that is added now are overwritten by a checkpoint's at once
 
-    # Injection
+    # The base model's own adapters
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    base_peft_model: PeftModel | None = None  # with them, if the base model is a `PeftModel`: no submodule of this one
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        model, below = split_base(model)
         with transaction():
-            remember(model)
-            super().__init__(model, *args, **kwargs)
+            remember(model if below is None else below)
+            if below is not None:
+                check_saved_modules(model, below, peft_config[adapter_name], adapter_name)  # type: ignore[arg-type,index]
+                vars(self)["base_peft_model"] = below
+                del model.peft_config  # those of ReFT are kept apart: both may have an adapter of one name
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            if below is not None:
+                keep_in_place(below)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        with others_kept(self.model, self.own_names()):
+            super().set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        if self.base_peft_model is None:
+            super().set_requires_grad(adapter_names, requires_grad)
+            return
+        for module in self.model.modules():  # an adapter of the base model may have the same name
+            wraps = (
+                isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
+            )
+            if isinstance(module, ReftLayer) or wraps:
+                module.set_requires_grad(adapter_names, requires_grad)  # type: ignore[operator]
+
+    def own_names(self) -> set[str]:
+        """The names of the ReFT adapters."""
+        return {name for name, config in self.peft_config.items() if config.peft_type == REFT}
+
+    # Injection
 
     def inject_adapter(
         self,
@@ -92,6 +139,7 @@ class ReftModel(BaseTuner):
             remember(self)
             self.peft_config[adapter_name] = config
             refuse_sharded(model)
+            self._note_base_adapters(model, adapter_name)
             if state_dict is not None:  # PEFT reads from its keys which modules to adapt
                 keys = {key: Key.read(key) for key in state_dict}
                 state_dict = {
@@ -106,6 +154,23 @@ class ReftModel(BaseTuner):
                 check_gradients_at_first(model)
             if isinstance(model, PreTrainedModel):
                 model.add_model_tags(TAG)
+
+    def _note_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
+        """Have the config name the adapters that its own is trained on.
+
+        Raises:
+            ValueError: if another adapter of this model is trained on them, and they are trained, too.
+        """
+        below, config = self.base_peft_model, self.peft_config[adapter_name]
+        configs = self.peft_config if below is None else below.peft_config
+        note_base_adapters(config, active_base_adapters(model, configs))
+        if below is not None and are_trained(model) and not config.inference_mode and adapted_modules(model):
+            raise ValueError(
+                "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first "
+                "one would then be on other weights than it was trained on. Freeze them before ReFT is added: "
+                "PeftModel.from_pretrained(base, folder), or lora.set_requires_grad(name, False). (TRL's "
+                "preference trainers add an adapter ref if they are given no ref_model.)"
+            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -166,20 +231,23 @@ class ReftModel(BaseTuner):
             raise ValueError(CANNOT_MERGE)
         unhook_model(self.model)
         forget_check(self.model)
-        names = {name for name, config in self.peft_config.items() if config.peft_type == REFT}
+        below, names = self.base_peft_model, self.own_names()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= names:
                 parent, _, child = name.rpartition(".")
                 unwrapped = module.unload_and_optionally_merge_module(False, False, adapter_names)
                 setattr(self.model.get_submodule(parent), child, unwrapped)
         others = {name: config for name, config in self.peft_config.items() if name not in names}
-        if others:  # of another tuner that adapted the model
+        if below is not None:
+            self.model.peft_config = below.peft_config
+            let_go(below)
+        elif others:  # of another tuner that adapted the model
             self.model.peft_config = others
         else:
             del self.model.peft_config
         if isinstance(self.model, PreTrainedModel) and self.model.model_tags:
             self.model.model_tags = [tag for tag in self.model.model_tags if tag != TAG]
-        return self.model
+        return self.model if below is None else below
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         raise ValueError(CANNOT_MERGE)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, other
 from safetensors import safe_open
 from torch import nn
@@ -21,6 +22,7 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.modeling_utils import load_state_dict
 
 from . import continuous_batching
+from .base_adapters import base_peft_model, load_base_adapters, save_base_adapters, saved_base_adapters
 from .card import describe_use
 from .checkpoints import STATE
 from .compatibility import check_config
@@ -28,7 +30,7 @@ from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
 from .layer import LAYER, adapted_modules
-from .model import ReftModel, check_keys, misfit, needed_tensors
+from .model import ReftModel, check_keys, misfit, needed_tensors, plain_name
 from .quantized import keep_dtypes
 from .registration import REFT
 from .transaction import Snapshot, remember, transaction
@@ -45,6 +47,9 @@ def complete_upstream() -> None:
     complete(PeftModel, "add_adapter", undo_on_error)
     complete(PeftModel, "from_pretrained", load_model_or_undo)
     complete(PeftModel, "load_adapter", load_or_undo)
+    complete(PeftModel, "save_pretrained", save_both)
+    complete(BaseTuner, "__init__", begin_tuner)
+    complete(BaseTuner, "_get_adapter_state_dict", own_state_dict)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
     complete(PeftAdapterMixin, "add_adapter", add_or_undo)
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
@@ -64,6 +69,7 @@ def complete_trainer() -> None:
         complete(module.Trainer, "save_model", save_sharded)
         complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
         complete(module.Trainer, "_load_from_checkpoint", check_resumed)
+        complete(module.Trainer, "_load_best_model", load_best_of_both)
         complete(module, "deepspeed_load_checkpoint", check_engine)
 
 
@@ -113,6 +119,49 @@ def load_model_or_undo(
                 snapshots.insert(0, before)
 
 
+def save_both(method: Callable[..., Any], model: PeftModel, folder: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `save_pretrained` leaves out the adapters of a base model that is a `PeftModel` itself."""
+    method(model, folder, *args, **kwargs)
+    save_base_adapters(model, folder, *args, **kwargs)
+
+
+def begin_tuner(
+    method: Callable[..., Any],
+    tuner: BaseTuner,
+    model: Any,
+    peft_config: PeftConfig | dict[str, PeftConfig],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """PEFT puts one method on another in any order, and an adapter in the place of another of its name.
+
+    Raises:
+        ValueError: if another method is put on ReFT, or one of two adapters of a name would be lost.
+    """
+    if isinstance(model, PeftModel) and isinstance(model.base_model, ReftModel):
+        raise ValueError(
+            f"{type(tuner).__name__} cannot be put on a model with ReFT adapters: ReFT comes last. Add or load the "
+            "other adapter first and ReFT on top: model = PeftModel.from_pretrained(base, lora_folder), then "
+            "PeftModel.from_pretrained(model, reft_folder). model.unload() gives the model without ReFT."
+        )
+    config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+    there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    if there is not None and there.peft_type != config.peft_type and REFT in (there.peft_type, config.peft_type):
+        raise ValueError(
+            f"The model has an adapter {adapter_name!r} already, of type {there.peft_type.value}, which one of type "
+            f"{config.peft_type.value} would replace. Give the new one another adapter_name."
+        )
+    method(tuner, model, peft_config, adapter_name, *args, **kwargs)
+
+
+def own_state_dict(method: Callable[..., Any], cls: type[BaseTuner], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT saves with an adapter the tensors of every method that has one of its name in the model."""
+    reft = tuple(f"{plain_name(name)}.{LAYER}." for name in adapted_modules(model))
+    tensors = method(cls, model, *args, **kwargs)
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(reft)} if reft else tensors
+
+
 def load_or_undo(
     method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -124,6 +173,9 @@ def load_or_undo(
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do, or has another config
             than the one that is there.
     """
+    base_adapter = saved_base_adapters(model).get(adapter_name)
+    if base_adapter is not None and adapter_name not in model.peft_config:  # a `Trainer` that resumes names subfolders
+        return base_peft_model(model).load_adapter(model_id, base_adapter, *args, **kwargs)  # type: ignore[union-attr]
     with transaction():
         is_reft = isinstance(model.base_model, ReftModel)
         if is_reft:
@@ -154,6 +206,7 @@ def check_folder(model: nn.Module, adapter_name: str, source: Any, **kwargs: Any
 
 def check_resumed(method: Callable[..., Any], trainer: "Trainer", checkpoint: str, *args: Any, **kwargs: Any) -> None:
     """FSDP's state dicts are loaded past PEFT's `load_adapter`."""
+    refuse_sharded_base_adapters(trainer)
     check_checkpoint_folder(trainer.model, checkpoint)
     method(trainer, checkpoint, *args, **kwargs)
 
@@ -355,6 +408,24 @@ def save_sharded(
         if trainer.args.should_save:
             trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
     method(trainer, output_dir, *args, **kwargs)
+
+
+def refuse_sharded_base_adapters(trainer: "Trainer") -> None:
+    """Raise a ValueError if FSDP shards a base model with adapters: accelerate saves and loads one adapter there."""
+    if base_peft_model(trainer.model) is not None and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "Training cannot be resumed under FSDP where the base model of ReFT has adapters of its own. Load both "
+            "from the checkpoint with PeftModel.from_pretrained(..., is_trainable=True), and start anew."
+        )
+
+
+def load_best_of_both(method: Callable[..., Any], trainer: "Trainer") -> None:
+    """transformers loads the best weights of one adapter: those of the base model's own belong to them."""
+    checkpoint: Any = trainer.state.best_model_checkpoint
+    if base_peft_model(trainer.model) is not None:
+        refuse_sharded_base_adapters(trainer)
+        load_base_adapters(trainer.model, checkpoint)  # type: ignore[arg-type]
+    method(trainer)
 
 
 def load_sharded_optimizer(method: Callable[..., Any], trainer: "Trainer", checkpoint: str | None) -> None:

@@ -281,7 +281,7 @@ def test_interrupted_anywhere(folder, make, road):
             model = MODELS[make]()
             before = Fingerprint(model)
         try:
-            interrupt_in(1 + calls * sixth // 6, lambda: function(model, folder))
+            interrupt_in(1 + calls * sixth // 6, lambda model=model: function(model, folder))
         except KeyboardInterrupt:
             assert before.differences(Fingerprint(model)) == [], f"interrupted after {sixth} sixths"
         else:  # the interrupt came in a destructor, where Python ignores it
