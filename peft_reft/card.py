@@ -17,11 +17,23 @@ pip install peft_reft
 ```
 
 ```python
+{code}
+```
+"""
+LOAD = """
 import peft_reft
 from peft import {auto_class}
 
 model = {auto_class}.from_pretrained("path or id of this repository")
-```
+"""
+LOAD_BOTH = """
+import peft_reft
+from peft import PeftModel
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "path or id of this repository", subfolder="{base_adapter}")
+model = PeftModel.from_pretrained(model, "path or id of this repository")
 """
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -40,6 +52,15 @@ def describe_use(folder: str | Path, config: PeftConfig) -> None:
         return
     card = ModelCard.load(path)
     if HEADING not in card.text:
-        auto_class = AUTO_CLASSES.get(config.task_type or "", "AutoPeftModel")
-        card.text = f"{card.text.rstrip()}\n{USE.format(heading=HEADING, auto_class=auto_class)}"
+        card.text = f"{card.text.rstrip()}\n{USE.format(heading=HEADING, code=loading_code(config).strip())}"
         card.save(path)
+
+
+def loading_code(config: PeftConfig) -> str:
+    """The lines that load an adapter, after those of its base model if that had some when it was trained."""
+    auto_class = AUTO_CLASSES.get(config.task_type or "", "AutoPeftModel")
+    base_adapters = getattr(config, "base_adapters", None)
+    if not base_adapters:
+        return LOAD.format(auto_class=auto_class)
+    base = config.base_model_name_or_path or "name of the base model"
+    return LOAD_BOTH.format(auto_class=auto_class.replace("Peft", ""), base=base, base_adapter=base_adapters[0])

@@ -98,6 +98,9 @@ class ReftConfig(PeftConfig):
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Indices of tokens whose embeddings are trained and saved, or a mapping from the names of embedding modules
             to such indices.
+        base_adapters (`list[str]`, *optional*):
+            Not to be given: the adapters of another method, such as LoRA, that the base model had when the adapter was
+            made, by the subfolders in which they are saved.
 
     Raises:
         ValueError: if a value is not allowed; the message names it and what is.
@@ -171,6 +174,10 @@ class ReftConfig(PeftConfig):
             "help": "Indices of tokens whose embeddings are trained and saved, or a mapping from the names of "
             "embedding modules to such indices."
         },
+    )
+    base_adapters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Set when the adapter is made: the base model's own adapters, such as LoRA's."},
     )
 
     def __post_init__(self) -> None:

@@ -1,23 +1,29 @@
 """`ReftModel`: the tuner that gives the modules of a model their `ReftLayer`s."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    _get_input_embeddings_name,
-)
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from .base_adapters import (
+    active_base_adapters,
+    are_trained,
+    check_saved_modules,
+    keep_in_place,
+    let_go,
+    note_base_adapters,
+    others_kept,
+    split_base,
+)
+from .compatibility import trained_tokens
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .intervention import Intervention
@@ -27,6 +33,7 @@ from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .targets import find_targets, is_excluded
+from .transaction import remember, transaction
 
 TAG = "reft"
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
@@ -74,6 +81,48 @@ class ReftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # the blocks are found, whatever the architecture
     is_loading = False  # whether the values of an adapter that is added now are overwritten by a checkpoint's at once
 
+    # The base model's own adapters
+
+    base_peft_model: PeftModel | None = None  # with them, if the base model is a `PeftModel`: no submodule of this one
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        model, below = split_base(model)
+        with transaction():
+            remember(model if below is None else below)
+            if below is not None:
+                check_saved_modules(model, below, peft_config[adapter_name], adapter_name)  # type: ignore[arg-type,index]
+                vars(self)["base_peft_model"] = below
+                del model.peft_config  # those of ReFT are kept apart: both may have an adapter of one name
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            if below is not None:
+                keep_in_place(below)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        with others_kept(self.model, self.own_names()):
+            super().set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        if self.base_peft_model is None:
+            super().set_requires_grad(adapter_names, requires_grad)
+            return
+        for module in self.model.modules():  # an adapter of the base model may have the same name
+            wraps = (
+                isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
+            )
+            if isinstance(module, ReftLayer) or wraps:
+                module.set_requires_grad(adapter_names, requires_grad)  # type: ignore[operator]
+
+    def own_names(self) -> set[str]:
+        """The names of the ReFT adapters."""
+        return {name for name, config in self.peft_config.items() if config.peft_type == REFT}
+
     # Injection
 
     def inject_adapter(
@@ -85,21 +134,43 @@ class ReftModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
-        if state_dict is not None:  # PEFT reads from its keys which modules to adapt
-            keys = {key: Key.read(key) for key in state_dict}
-            state_dict = {
-                key if own is None else f"{own.module}.{self.prefix}{own.unit}.{own.tensor}": state_dict[key]
-                for key, own in keys.items()
-            }
-        refuse_sharded(model)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        hook_model(model, self.peft_config[adapter_name])
-        keep_dtypes(model)
-        if not self.peft_config[adapter_name].inference_mode:
-            keep_unpacked(model)
-            check_gradients_at_first(model)
-        if isinstance(model, PreTrainedModel):
-            model.add_model_tags(TAG)
+        with transaction():
+            config = self.peft_config.pop(adapter_name)  # PEFT adds it before the adapter
+            remember(self)
+            self.peft_config[adapter_name] = config
+            refuse_sharded(model)
+            self._note_base_adapters(model, adapter_name)
+            if state_dict is not None:  # PEFT reads from its keys which modules to adapt
+                keys = {key: Key.read(key) for key in state_dict}
+                state_dict = {
+                    key if own is None else f"{own.module}.{self.prefix}{own.unit}.{own.tensor}": state_dict[key]
+                    for key, own in keys.items()
+                }
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            hook_model(model, self.peft_config[adapter_name])
+            keep_dtypes(model)
+            if not self.peft_config[adapter_name].inference_mode:
+                keep_unpacked(model)
+                check_gradients_at_first(model)
+            if isinstance(model, PreTrainedModel):
+                model.add_model_tags(TAG)
+
+    def _note_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
+        """Have the config name the adapters that its own is trained on.
+
+        Raises:
+            ValueError: if another adapter of this model is trained on them, and they are trained, too.
+        """
+        below, config = self.base_peft_model, self.peft_config[adapter_name]
+        configs = self.peft_config if below is None else below.peft_config
+        note_base_adapters(config, active_base_adapters(model, configs))
+        if below is not None and are_trained(model) and not config.inference_mode and adapted_modules(model):
+            raise ValueError(
+                "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first "
+                "one would then be on other weights than it was trained on. Freeze them before ReFT is added: "
+                "PeftModel.from_pretrained(base, folder), or lora.set_requires_grad(name, False). (TRL's "
+                "preference trainers add an adapter ref if they are given no ref_model.)"
+            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -160,20 +231,23 @@ class ReftModel(BaseTuner):
             raise ValueError(CANNOT_MERGE)
         unhook_model(self.model)
         forget_check(self.model)
-        names = {name for name, config in self.peft_config.items() if config.peft_type == REFT}
+        below, names = self.base_peft_model, self.own_names()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() <= names:
                 parent, _, child = name.rpartition(".")
                 unwrapped = module.unload_and_optionally_merge_module(False, False, adapter_names)
                 setattr(self.model.get_submodule(parent), child, unwrapped)
         others = {name: config for name, config in self.peft_config.items() if name not in names}
-        if others:  # of another tuner that adapted the model
+        if below is not None:
+            self.model.peft_config = below.peft_config
+            let_go(below)
+        elif others:  # of another tuner that adapted the model
             self.model.peft_config = others
         else:
             del self.model.peft_config
         if isinstance(self.model, PreTrainedModel) and self.model.model_tags:
             self.model.model_tags = [tag for tag in self.model.model_tags if tag != TAG]
-        return self.model
+        return self.model if below is None else below
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -214,6 +288,7 @@ class ReftModel(BaseTuner):
         keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
         keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        check_keys(model, adapter_name, state_dict)
         check_checkpoint(adapter_name, needed, state_dict)
         placed = {key: sharded_as(getattr(unit, name), state_dict[key]) for key, unit, name in tensors}
         state_dict = state_dict | placed
@@ -258,10 +333,7 @@ def check_names(
     """
     modules = [plain_name(name) for name in (*targets, *adapted_modules(model))]
     keys = [str(Key(module, unit, tensor)) for module in modules for unit in UNITS for tensor in TENSORS]
-    saved, trained = tuple(peft_config.modules_to_save or ()), peft_config.trainable_token_indices
-    if isinstance(trained, list):
-        trained = (_get_input_embeddings_name(model, "embed_tokens"),)
-    embeddings = tuple(trained or ())
+    saved, embeddings = tuple(peft_config.modules_to_save or ()), tuple(trained_tokens(model, peft_config))
     for name, module in base_modules(model):
         if isinstance(module, ModulesToSaveWrapper) or (saved and name.endswith(saved)):
             own = getattr(module, "original_module", module).state_dict()
@@ -335,8 +407,70 @@ def check_checkpoint(
         raise misfit(adapter_name, problems)
 
 
+def wrapped_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The modules and tokens that are saved with adapters: the adapter's name and a key, in files and in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for adapter_name in module._adapters:
+                for key, own in module.adapter_state_dict_load_map(adapter_name).items():
+                    yield adapter_name, f"{plain_name(name)}.{key}"
+                    yield adapter_name, f"{plain_name(name)}.{own}"
+
+
+def is_resized(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether a model's vocabulary is not that of the base model, so that PEFT saves embeddings with adapters."""
+    own = getattr(model, "config", None)
+    for source in (config.base_model_name_or_path, getattr(own, "_name_or_path", None)):
+        try:
+            if source and type(own).from_pretrained(source).vocab_size != own.vocab_size:  # type: ignore[union-attr]
+                return True
+        except (AttributeError, OSError, ValueError):  # not there, or of another kind
+            continue
+    return False
+
+
+def embedding_prefixes(model: nn.Module) -> list[str]:
+    """What the keys of a model's embeddings begin with, input and output."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [layer for getter in getters if getter is not None and (layer := getter()) is not None]
+    return [f"{plain_name(name)}." for name, module in model.named_modules() if any(module is one for one in layers)]
+
+
+def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
+    """Raise a ValueError if a checkpoint has tensors that its adapter does not need: they would be written for good.
+
+    An adapter needs its own tensors, the modules and tokens that its config has trained, and embeddings of a
+    vocabulary that was resized.
+
+    Args:
+        model (`torch.nn.Module`): the model, to which the adapter has been added.
+        adapter_name (`str`): the name of the adapter.
+        keys (`Iterable[str]`): the keys of the checkpoint, with or without the prefix of a `PeftModel`.
+    """
+    config: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def short(key: str) -> str:  # transformers loads a model into one that has a head, and the other way round
+        return key.removeprefix(PEFT_PREFIX).removeprefix(prefix)
+
+    wrapped = [(name, short(key)) for name, key in wrapped_keys(model)]
+    needed = {key for name, key in wrapped if name == adapter_name}
+    foreign = [key for key in keys if Key.read(key) is None and short(key) not in needed]
+    if foreign and is_resized(model, config):
+        embeddings = tuple(short(prefix) for prefix in embedding_prefixes(model))
+        others = {key for _, key in wrapped} - needed
+        foreign = [key for key in foreign if not short(key).startswith(embeddings) or short(key) in others]
+    if foreign:
+        raise ValueError(
+            f"The checkpoint of adapter {adapter_name!r} has tensors that the adapter does not need: "
+            f"{in_short(foreign)}. They would be written into the base model or another adapter: take them out of the "
+            "file. Modules that were trained with the adapter must be named in its modules_to_save. Embeddings may be "
+            "there if the vocabulary was resized, in this model too; else save with save_embedding_layers=False."
+        )
+
+
 def in_short(problems: list[str]) -> str:
-    """The first of some problems, and how many more there are."""
+    """The first of some problems or keys, and how many more there are."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return f"{'; '.join(sorted(problems)[:3])}{more}"
 

@@ -4,6 +4,7 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,20 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from peft import PeftModel
-from peft.utils import other
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME, other
+from safetensors import safe_open
+from torch import nn
 from transformers import GenerationMixin
 from transformers.integrations import PeftAdapterMixin
+from transformers.modeling_utils import load_state_dict
 
 from . import continuous_batching
+from .base_adapters import base_peft_model, load_base_adapters, save_base_adapters, saved_base_adapters
 from .card import describe_use
 from .checkpoints import STATE
+from .compatibility import check_config
+from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import Key, adapted_modules
-from .model import ReftModel, misfit
+from .layer import LAYER, adapted_modules
+from .model import ReftModel, check_keys, misfit, needed_tensors, plain_name
 from .quantized import keep_dtypes
 from .registration import REFT
+from .transaction import Snapshot, remember, transaction
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -34,8 +43,15 @@ if TYPE_CHECKING:
 def complete_upstream() -> None:
     """Complete the methods, once."""
     complete(PeftModel, "_upload_modified_files", upload_with_card)
-    complete(PeftModel, "load_adapter", load_or_take_back)
+    complete(PeftModel, "__init__", undo_on_error)
+    complete(PeftModel, "add_adapter", undo_on_error)
+    complete(PeftModel, "from_pretrained", load_model_or_undo)
+    complete(PeftModel, "load_adapter", load_or_undo)
+    complete(PeftModel, "save_pretrained", save_both)
+    complete(BaseTuner, "__init__", begin_tuner)
+    complete(BaseTuner, "_get_adapter_state_dict", own_state_dict)
     complete(PeftAdapterMixin, "load_adapter", load_whole_adapter)
+    complete(PeftAdapterMixin, "add_adapter", add_or_undo)
     complete(GenerationMixin, "init_continuous_batching", begin_continuous_batching)
     complete(GenerationMixin, "generate_batch", refuse_adapter_names)
     complete(GenerationMixin, "_prepare_decoder_input_ids_for_generation", note_decoder_prompt)
@@ -52,11 +68,15 @@ def complete_trainer() -> None:
         complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
         complete(module.Trainer, "save_model", save_sharded)
         complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
+        complete(module.Trainer, "_load_from_checkpoint", check_resumed)
+        complete(module.Trainer, "_load_best_model", load_best_of_both)
+        complete(module, "deepspeed_load_checkpoint", check_engine)
 
 
 def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
     """Replace a method of a class or a function of a module by `completed`, which is given it before its arguments."""
-    method = getattr(owner, name)
+    static = inspect.getattr_static(owner, name)
+    method = static.__func__ if isinstance(static, classmethod) else static
     if "completed_by_reft" in vars(method):
         return
 
@@ -65,7 +85,7 @@ def complete(owner: Any, name: str, completed: Callable[..., Any]) -> None:
         return completed(method, self, *args, **kwargs)
 
     vars(replacement)["completed_by_reft"] = True
-    setattr(owner, name, replacement)
+    setattr(owner, name, classmethod(replacement) if isinstance(static, classmethod) else replacement)
 
 
 def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
@@ -77,28 +97,132 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     return method(model, folder, *args, **kwargs)
 
 
-def load_or_take_back(
+def undo_on_error(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT goes on after an adapter was added, casts it and prepares the model: if that fails, it would stay."""
+    with transaction():
+        return method(owner, *args, **kwargs)
+
+
+def load_model_or_undo(
+    method: Callable[..., PeftModel], cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any
+) -> PeftModel:
+    """PEFT's `from_pretrained` adapts a model before it looks at the checkpoint, and would leave it so.
+
+    Before that it takes accelerate's hooks off a model that is offloaded, which then cannot be called.
+    """
+    with transaction() as snapshots:
+        before = Snapshot(model) if getattr(model, "hf_device_map", None) else None
+        try:
+            return method(cls, model, *args, **kwargs)
+        finally:
+            if before is not None and snapshots:  # a ReFT adapter was to be added
+                snapshots.insert(0, before)
+
+
+def save_both(method: Callable[..., Any], model: PeftModel, folder: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT's `save_pretrained` leaves out the adapters of a base model that is a `PeftModel` itself."""
+    method(model, folder, *args, **kwargs)
+    save_base_adapters(model, folder, *args, **kwargs)
+
+
+def begin_tuner(
+    method: Callable[..., Any],
+    tuner: BaseTuner,
+    model: Any,
+    peft_config: PeftConfig | dict[str, PeftConfig],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """PEFT puts one method on another in any order, and an adapter in the place of another of its name.
+
+    Raises:
+        ValueError: if another method is put on ReFT, or one of two adapters of a name would be lost.
+    """
+    if isinstance(model, PeftModel) and isinstance(model.base_model, ReftModel):
+        raise ValueError(
+            f"{type(tuner).__name__} cannot be put on a model with ReFT adapters: ReFT comes last. Add or load the "
+            "other adapter first and ReFT on top: model = PeftModel.from_pretrained(base, lora_folder), then "
+            "PeftModel.from_pretrained(model, reft_folder). model.unload() gives the model without ReFT."
+        )
+    config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+    there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+    if there is not None and there.peft_type != config.peft_type and REFT in (there.peft_type, config.peft_type):
+        raise ValueError(
+            f"The model has an adapter {adapter_name!r} already, of type {there.peft_type.value}, which one of type "
+            f"{config.peft_type.value} would replace. Give the new one another adapter_name."
+        )
+    method(tuner, model, peft_config, adapter_name, *args, **kwargs)
+
+
+def own_state_dict(method: Callable[..., Any], cls: type[BaseTuner], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT saves with an adapter the tensors of every method that has one of its name in the model."""
+    reft = tuple(f"{plain_name(name)}.{LAYER}." for name in adapted_modules(model))
+    tensors = method(cls, model, *args, **kwargs)
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(reft)} if reft else tensors
+
+
+def load_or_undo(
     method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit.
 
+    Into an adapter that is there it loads tensors alone, whatever they were trained for.
+
     Raises:
-        ValueError: if the adapter cannot be loaded into a model whose parts lie where they do.
+        ValueError: if the adapter cannot be loaded into a model whose parts lie where they do, or has another config
+            than the one that is there.
     """
-    before = set(model.peft_config)
-    in_place = is_in_place(model, adapter_name)  # as when training is resumed
-    if not in_place:
-        refuse_disk(model, before & {adapter_name})  # which `from_pretrained` has added, and would place anew
-    try:
+    base_adapter = saved_base_adapters(model).get(adapter_name)
+    if base_adapter is not None and adapter_name not in model.peft_config:  # a `Trainer` that resumes names subfolders
+        return base_peft_model(model).load_adapter(model_id, base_adapter, *args, **kwargs)  # type: ignore[union-attr]
+    with transaction():
+        is_reft = isinstance(model.base_model, ReftModel)
+        if is_reft:
+            remember(model, adapter_name)
+        if adapter_name in model.peft_config:
+            check_folder(model, adapter_name, model_id, **model._split_kwargs(kwargs)[0])
+        if not is_reft:
+            return method(model, model_id, adapter_name, *args, **kwargs)
+        in_place = is_in_place(model, adapter_name)  # as when training is resumed
+        if not in_place:  # but placed anew, if `from_pretrained` has added it
+            refuse_disk(model, {adapter_name} & set(model.peft_config))
         with placed_for_good(model) if in_place else overwritten(model):
             result = method(model, model_id, adapter_name, *args, **kwargs)
-    except BaseException:  # an interrupt, too, would leave it, of zeros
-        for name in set(model.peft_config) - before:
-            if model.peft_config[name].peft_type == REFT:
-                model.delete_adapter(name)
-        raise
-    keep_dtypes(model)  # of tensors that may be other ones than those that were made
+        keep_dtypes(model)  # of tensors that may be other ones than those that were made
     return result
+
+
+def check_folder(model: nn.Module, adapter_name: str, source: Any, **kwargs: Any) -> None:
+    """Raise a ValueError if an adapter's config is not that of the checkpoint in a folder, or on the Hub."""
+    folder = Path(source, kwargs.get("subfolder") or "")
+    own: PeftConfig = model.peft_config[adapter_name]  # type: ignore[index, assignment]
+    if folder.is_dir() and not (folder / CONFIG_NAME).exists():
+        return  # it is not known
+    other = PeftConfig.from_pretrained(str(source), **kwargs)
+    if REFT in (own.peft_type, other.peft_type):
+        check_config(model, adapter_name, own, other, source)
+
+
+def check_resumed(method: Callable[..., Any], trainer: "Trainer", checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    """FSDP's state dicts are loaded past PEFT's `load_adapter`."""
+    refuse_sharded_base_adapters(trainer)
+    check_checkpoint_folder(trainer.model, checkpoint)
+    method(trainer, checkpoint, *args, **kwargs)
+
+
+def check_engine(method: Callable[..., Any], engine: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+    """And so are DeepSpeed's."""
+    check_checkpoint_folder(engine.module, checkpoint)
+    method(engine, checkpoint, *args, **kwargs)
+
+
+def check_checkpoint_folder(model: Any, checkpoint: str) -> None:
+    """Raise a ValueError if the adapters of a trainer's checkpoint have other configs than the model's."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        folder = Path(checkpoint) if name == "default" else Path(checkpoint, name)  # where PEFT saves them
+        if config.peft_type == REFT and (folder / CONFIG_NAME).exists():
+            check_folder(model, name, folder)
 
 
 def is_in_place(model: PeftModel, adapter_name: str) -> bool:
@@ -125,9 +249,6 @@ def placed_for_good(model: PeftModel) -> Iterator[None]:
 def overwritten(model: PeftModel) -> Iterator[None]:
     """Have an adapter that is added not be initialised: that takes longer than to load it, and is lost at once."""
     tuner: Any = model.base_model
-    if not isinstance(tuner, ReftModel):
-        yield
-        return
     tuner.is_loading = True
     try:
         yield
@@ -172,23 +293,68 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     """transformers' `load_adapter` reports tensors that are missing or too many, and goes on without them.
 
     Raises:
-        ValueError: if the checkpoint does not fit its config; the adapter is deleted again.
+        ValueError: if the checkpoint does not fit its config, or has tensors that the adapter does not need; the model
+            is then what it was before.
     """
     before = set(getattr(model, "peft_config", {}))
-    info = method(model, *args, **kwargs)
-    added = [name for name in model.peft_config if name not in before]
-    if not any(model.peft_config[name].peft_type == REFT for name in added):
-        return info
-    problems = [f"{key} is missing" for key in info.missing_keys if Key.read(key)]
-    problems += [f"{key} has no place" for key in info.unexpected_keys if Key.read(key)]
-    try:
-        refuse_disk(model, added)
-        if problems:
-            raise misfit(added[0], problems)
-    except ValueError:
-        model.delete_adapter(added)
-        raise
+    check_given_config(inspect.signature(method).bind(model, *args, **kwargs).arguments)
+    with transaction():
+        with keys_checked(model, before):
+            info = method(model, *args, **kwargs)
+        added = [name for name in model.peft_config if name not in before]
+        if any(model.peft_config[name].peft_type == REFT for name in added):
+            refuse_disk(model, added)
+            # The tensors of other adapters are missing from the checkpoint as well.
+            problems = [f"{key} is missing" for key in info.missing_keys & needed_tensors(model, added[0]).keys()]
+            problems += [f"{key} has no place" for key in info.unexpected_keys if f".{LAYER}." in key]
+            if problems:
+                raise misfit(added[0], problems)
     return info
+
+
+def add_or_undo(method: Callable[..., None], model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers' `add_adapter` adds an adapter and then activates it, which other adapters may not allow."""
+    with transaction():
+        if isinstance(adapter_config, ReftConfig):
+            remember(model)
+        method(model, adapter_config, *args, **kwargs)
+
+
+def check_given_config(arguments: dict[str, Any]) -> None:
+    """Raise a ValueError if transformers' `load_adapter` is given a config that is not the one beside the tensors."""
+    model, source, config = arguments["self"], arguments.get("peft_model_id"), arguments.get("peft_config")
+    folder = Path(source or "", (arguments.get("adapter_kwargs") or {}).get("subfolder") or "")
+    is_known = source is not None and arguments.get("adapter_state_dict") is None and (folder / CONFIG_NAME).exists()
+    if is_known and isinstance(config, PeftConfig) and config.peft_type == REFT:
+        name = arguments.get("adapter_name") or "default"
+        check_config(model, name, config, PeftConfig.from_pretrained(str(folder)), folder)
+
+
+@contextmanager
+def keys_checked(model: Any, before: set[str]) -> Iterator[None]:
+    """Have transformers look at the keys of a ReFT adapter's checkpoint before it writes any of its tensors."""
+    load = model._load_pretrained_model
+
+    def check_and_load(*, state_dict: Any, checkpoint_files: Any, **kwargs: Any) -> Any:
+        for name in model.peft_config.keys() - before:
+            if model.peft_config[name].peft_type == REFT:
+                keys = [key for file in checkpoint_files or () for key in keys_of(file)]
+                check_keys(model, name, keys if state_dict is None else state_dict)
+        return load(state_dict=state_dict, checkpoint_files=checkpoint_files, **kwargs)
+
+    vars(model)["_load_pretrained_model"] = check_and_load
+    try:
+        yield
+    finally:
+        del vars(model)["_load_pretrained_model"]
+
+
+def keys_of(file: str) -> list[str]:
+    """The keys of the tensors in a file."""
+    if file.endswith(".safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    return list(load_state_dict(file, map_location="meta"))
 
 
 def begin_continuous_batching(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +408,24 @@ def save_sharded(
         if trainer.args.should_save:
             trainer._save(output_dir or trainer.args.output_dir, state_dict=state_dict)
     method(trainer, output_dir, *args, **kwargs)
+
+
+def refuse_sharded_base_adapters(trainer: "Trainer") -> None:
+    """Raise a ValueError if FSDP shards a base model with adapters: accelerate saves and loads one adapter there."""
+    if base_peft_model(trainer.model) is not None and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "Training cannot be resumed under FSDP where the base model of ReFT has adapters of its own. Load both "
+            "from the checkpoint with PeftModel.from_pretrained(..., is_trainable=True), and start anew."
+        )
+
+
+def load_best_of_both(method: Callable[..., Any], trainer: "Trainer") -> None:
+    """transformers loads the best weights of one adapter: those of the base model's own belong to them."""
+    checkpoint: Any = trainer.state.best_model_checkpoint
+    if base_peft_model(trainer.model) is not None:
+        refuse_sharded_base_adapters(trainer)
+        load_base_adapters(trainer.model, checkpoint)  # type: ignore[arg-type]
+    method(trainer)
 
 
 def load_sharded_optimizer(method: Callable[..., Any], trainer: "Trainer", checkpoint: str | None) -> None:

@@ -105,12 +105,16 @@ def test_adapter_loaded_into_a_model_on_disk(ids, tmp_path, by):
     folders = dict(offload_folder=str(tmp_path / "offloaded"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=SPREAD, **folders).eval()
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
     with pytest.raises(ValueError, match="offloaded to disk.*accelerate.dispatch_model"):
         if by == "PeftModel":
             places = {f"base_model.model.{name}": place for name, place in SPREAD.items()}
             PeftModel.from_pretrained(model, tmp_path / "adapter", device_map=places, **folders)
         else:
             model.load_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)  # PEFT has taken accelerate's hooks away
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = PeftModel.from_pretrained(model, tmp_path / "adapter")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 BASE, ADAPTER, FOLDER = "user/tiny-base", "user/adapter", "user/adapter-folder"
+ON_LORA = "user/on-lora"
 SFT_ADAPTER, COMPLETED = "user/sft-adapter", "user/sft-adapter-completed"
 PROMPTS = ["what is the sum of two and three ?", "name a colour"]
 ANSWERS = ["it is five .", "blue ."]
@@ -125,6 +126,40 @@ def load_adapter(folder: Path) -> dict[str, Any]:
     }
 
 
+def push_on_lora(folder: Path) -> dict[str, Any]:
+    """A ReFT adapter on a model with LoRA, and both pushed in one call."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    seen = {"lora_logits": logits(lora, tokenizer)}
+    config = reft_config()
+    config.init_weights = False
+    model = get_peft_model(lora, config)
+    model.push_to_hub(ON_LORA)
+    return seen | {"logits": logits(model, tokenizer)}
+
+
+def load_on_lora(folder: Path) -> dict[str, Any]:
+    """The lines of the card, and LoRA alone."""
+    import re
+
+    from huggingface_hub import hf_hub_download
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ON_LORA, subfolder="lora-default")
+    seen = {"lora_logits": logits(lora, tokenizer)}
+    card = Path(hf_hub_download(ON_LORA, "README.md")).read_text()
+    code = re.search(r"```python\n(import peft_reft\n.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+    names: dict[str, Any] = {}
+    exec(code.replace("path or id of this repository", ON_LORA), names)
+    return seen | {"logits": logits(names["model"], tokenizer)}
+
+
 def train_sft(folder: Path) -> dict[str, Any]:
     """Two steps of TRL's trainer, and its own push: adapter, tokenizer, training arguments and a card of TRL's."""
     from datasets import Dataset
@@ -202,7 +237,7 @@ def wrong_token(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     step, out = sys.argv[1], Path(sys.argv[2])
-    if step in ("push_adapter", "load_adapter", "train_sft", "load_sft"):
+    if step.startswith(("push", "load", "train")):
         import torch
 
         torch.manual_seed(0)

@@ -44,6 +44,13 @@ def test_push_holds_the_adapter_alone(hub: Any, pushed: dict[str, Any]) -> None:
     assert sum(map(len, hub.files("user/adapter").values())) < 100_000
 
 
+def test_pushed_on_lora_is_loaded_by_the_lines_of_its_card(client: Client, hub: Any, pushed: dict[str, Any]) -> None:
+    both = client("push_on_lora")
+    assert hub.files("user/on-lora").keys() == ADAPTER_FILES | {f"lora-default/{name}" for name in ADAPTER_FILES}
+    assert len({both["logits"]["sha256"], both["lora_logits"]["sha256"], pushed["base_logits"]["sha256"]}) == 3
+    assert client("load_on_lora") == both
+
+
 def test_trainer_push_gives_same_logits_in_fresh_process(client: Client, hub: Any, trained: dict[str, Any]) -> None:
     loaded = client("load_sft")
     assert hub.files("user/sft-adapter").keys() >= ADAPTER_FILES | {"tokenizer.json", "training_args.bin"}

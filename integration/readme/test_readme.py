@@ -20,8 +20,8 @@ def folder(tmp_path, monkeypatch, tokenizer):
     return tmp_path
 
 
-def python_blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def python_blocks(page=README):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_every_python_block_is_run():
@@ -56,6 +56,25 @@ def test_data_collator_snippet():
     trainer = SimpleNamespace(data_collator=lambda features: dict(batch))
     exec(python_blocks()[3], {"trainer": trainer})
     assert trainer.data_collator([])["prompt_lengths"].tolist() == [1, 2]
+
+
+def test_lora_snippets(folder, capsys):
+    """Of docs/lora.md: train and save, load, merge and load."""
+    saving, loading, merging = python_blocks(README.parent / "docs" / "lora.md")
+    names, batch = {}, torch.tensor([[3, 4, 5, 6]])
+    saving, trained = saving.replace("Qwen/Qwen3-0.6B", "base"), "# train model with any trainer"
+    assert trained in saving
+    step = "for p in model.parameters(): p.data.add_(0.01 * torch.randn_like(p)) if p.requires_grad else None\n"
+    exec("import torch\n" + saving.replace(trained, step + trained), names)
+    # a layer has LoRA of rank 8 on q (32 x 32) and v (32 x 16), and two edits of rank 4
+    assert 3 * (8 * (32 + 32) + 8 * (32 + 16) + 2 * (2 * 4 * 32 + 4)) == 4248
+    assert "trainable params: 4,248 ||" in capsys.readouterr().out
+    for code in (loading, merging):
+        exec(code.replace("Qwen/Qwen3-0.6B", "base"), loaded := dict(names))
+        assert loaded["model"] is not names["model"]
+        with torch.no_grad():
+            expected, found = names["model"].eval()(input_ids=batch).logits, loaded["model"](input_ids=batch).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_coverage_names_tests_that_are_there():
