@@ -16,7 +16,7 @@ from .targets import find_targets
 TARGETS = ("r", "rank_pattern", "layers_to_transform", "layers_pattern", "target_modules", "exclude_modules")
 # All that say what an adapter computes: not how it is trained (dropout) or was drawn (init_weights)
 FIELDS = (
-    *("intervention", "act_fn", "positions", "share_weights", *TARGETS),
+    *("intervention", "act_fn", "standardize", "positions", "share_weights", *TARGETS),
     *("modules_to_save", "trainable_token_indices", "task_type"),
 )
 
