@@ -298,9 +298,8 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     """
     before = set(getattr(model, "peft_config", {}))
     check_given_config(inspect.signature(method).bind(model, *args, **kwargs).arguments)
-    with transaction():
-        with keys_checked(model, before):
-            info = method(model, *args, **kwargs)
+    with keys_checked(model, before), transaction():
+        info = method(model, *args, **kwargs)
         added = [name for name in model.peft_config if name not in before]
         if any(model.peft_config[name].peft_type == REFT for name in added):
             refuse_disk(model, added)
@@ -346,7 +345,7 @@ def keys_checked(model: Any, before: set[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        del vars(model)["_load_pretrained_model"]
+        vars(model).pop("_load_pretrained_model", None)
 
 
 def keys_of(file: str) -> list[str]:
