@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -95,7 +95,6 @@ class ReftModel(BaseTuner):
         if below is None:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
             return
-        check_saved_modules(model, below, peft_config[adapter_name], adapter_name)  # type: ignore[arg-type,index]
         vars(self)["base_peft_model"] = below
         configs = vars(model).pop("peft_config")  # those of ReFT are kept apart: both may have an adapter of one name
         try:
@@ -114,11 +113,9 @@ class ReftModel(BaseTuner):
             super().set_requires_grad(adapter_names, requires_grad)
             return
         for module in self.model.modules():  # an adapter of the base model may have the same name
-            wraps = (
-                isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
-            )
-            if isinstance(module, ReftLayer) or wraps:
-                module.set_requires_grad(adapter_names, requires_grad)  # type: ignore[operator]
+            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper)
+            if isinstance(module, ReftLayer) or (is_wrapper and module._get_available_adapters() & self.own_names()):
+                module.set_requires_grad(adapter_names, requires_grad)
 
     def own_names(self) -> set[str]:
         """The names of the ReFT adapters."""
@@ -140,7 +137,7 @@ class ReftModel(BaseTuner):
                 key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
             }
         refuse_sharded(model)
-        self._note_base_adapters(model, adapter_name)
+        self._check_base_adapters(model, adapter_name)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
         keep_dtypes(model)
@@ -150,19 +147,21 @@ class ReftModel(BaseTuner):
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(TAG)
 
-    def _note_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
-        """Have the config name the adapters that its own is trained on.
+    def _check_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
+        """Have the config name the base model's own adapters, which the ReFT adapter is trained on.
 
         Raises:
-            ValueError: if another adapter of this model is trained on them, and they are trained, too.
+            ValueError: if both would save the same modules, or they are trained and a ReFT adapter is there already.
         """
-        below, config = self.base_peft_model, self.peft_config[adapter_name]
+        below, config = self.base_peft_model, cast(ReftConfig, self.peft_config[adapter_name])
         configs = self.peft_config if below is None else below.peft_config
         note_base_adapters(config, active_base_adapters(model, configs))
+        if below is not None:
+            check_saved_modules(model, below, config, adapter_name)
         if below is not None and are_trained(model) and not config.inference_mode and adapted_modules(model):
             raise ValueError(
-                "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first one "
-                "would then be on other weights than it was trained on. Freeze them before ReFT is added: "
+                "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first "
+                "one would then be on other weights than it was trained on. Freeze them before ReFT is added: "
                 "PeftModel.from_pretrained(base, folder), or lora.set_requires_grad(name, False). (TRL's "
                 "preference trainers add an adapter ref if they are given no ref_model.)"
             )
@@ -195,11 +194,11 @@ class ReftModel(BaseTuner):
         move_adapter(layer, adapter_name, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            return
         for module, layer in adapted_modules(self.model).values():
-            move_adapter(layer, adapter_name, module, cast=True)
+            if autocast_adapter_dtype:
+                cast_adapter_dtype(layer, adapter_name)  # not in the model: its own adapter may have the same name
+            else:
+                move_adapter(layer, adapter_name, module, cast=True)
 
     # Calling
 

@@ -2,7 +2,6 @@ import copy
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -239,6 +238,20 @@ def test_trainable_or_not_by_name(lora, model):
     assert trainable() == {".lora_": {False}, ".reft_": {True}}
 
 
+def test_dtype_of_lora_is_kept(lora, ids, tmp_path):
+    """TRL casts it on a quantized base, and ReFT is added, loaded and resumed above it."""
+    for p in tuned(lora).values():
+        p.data = p.data.bfloat16()
+    model = on(lora, reft_config())
+    parameters = tuned(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path / "lora-default", "lora-default")
+    assert all(p is parameters[name] for name, p in tuned(model).items())  # which an optimizer may hold
+    for name, p in tuned(model).items():
+        assert p.dtype == (torch.bfloat16 if ".lora_" in name else torch.float32)
+
+
 def test_second_reft_adapter(lora, model, base, ids):
     """One that is trained would take LoRA away from the first; on a LoRA that is frozen it may."""
     names = set(model.state_dict())
@@ -251,6 +264,12 @@ def test_second_reft_adapter(lora, model, base, ids):
     assert not any(p.requires_grad for name, p in tuned(model).items() if ".lora_" in name)
     by_hand = ByHand(merged_by_hand(base, lora), model, "second")
     close(logits(model.eval(), ids), by_hand.logits(ALL, input_ids=ids))
+    for name in ("third", "fourth"):  # both with a head of their own
+        model.add_adapter(name, reft_config(modules_to_save=["lm_head"]))
+    lora.add_adapter("fifth", lora_config())
+    with pytest.raises(ValueError, match="Both adapters are called 'fifth'"):
+        model.add_adapter("fifth", reft_config(modules_to_save=["lm_head"]))
+    assert list(model.peft_config) == ["default", "second", "third", "fourth"]
 
 
 # Saving and loading
