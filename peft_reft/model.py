@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -97,7 +97,6 @@ class ReftModel(BaseTuner):
         with transaction():
             remember(model if below is None else below)
             if below is not None:
-                check_saved_modules(model, below, peft_config[adapter_name], adapter_name)  # type: ignore[arg-type,index]
                 vars(self)["base_peft_model"] = below
                 del model.peft_config  # those of ReFT are kept apart: both may have an adapter of one name
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -113,11 +112,9 @@ class ReftModel(BaseTuner):
             super().set_requires_grad(adapter_names, requires_grad)
             return
         for module in self.model.modules():  # an adapter of the base model may have the same name
-            wraps = (
-                isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
-            )
-            if isinstance(module, ReftLayer) or wraps:
-                module.set_requires_grad(adapter_names, requires_grad)  # type: ignore[operator]
+            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper)
+            if isinstance(module, ReftLayer) or (is_wrapper and module._get_available_adapters() & self.own_names()):
+                module.set_requires_grad(adapter_names, requires_grad)
 
     def own_names(self) -> set[str]:
         """The names of the ReFT adapters."""
@@ -139,7 +136,7 @@ class ReftModel(BaseTuner):
             remember(self)
             self.peft_config[adapter_name] = config
             refuse_sharded(model)
-            self._note_base_adapters(model, adapter_name)
+            self._check_base_adapters(model, adapter_name)
             if state_dict is not None:  # PEFT reads from its keys which modules to adapt
                 keys = {key: Key.read(key) for key in state_dict}
                 state_dict = {
@@ -155,15 +152,17 @@ class ReftModel(BaseTuner):
             if isinstance(model, PreTrainedModel):
                 model.add_model_tags(TAG)
 
-    def _note_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
-        """Have the config name the adapters that its own is trained on.
+    def _check_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
+        """Have the config name the base model's own adapters, which the ReFT adapter is trained on.
 
         Raises:
-            ValueError: if another adapter of this model is trained on them, and they are trained, too.
+            ValueError: if both would save the same modules, or they are trained and a ReFT adapter is there already.
         """
-        below, config = self.base_peft_model, self.peft_config[adapter_name]
+        below, config = self.base_peft_model, cast(ReftConfig, self.peft_config[adapter_name])
         configs = self.peft_config if below is None else below.peft_config
         note_base_adapters(config, active_base_adapters(model, configs))
+        if below is not None:
+            check_saved_modules(model, below, config, adapter_name)
         if below is not None and are_trained(model) and not config.inference_mode and adapted_modules(model):
             raise ValueError(
                 "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first "
@@ -201,11 +200,11 @@ class ReftModel(BaseTuner):
         move_adapter(layer, adapter_name, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            return
         for module, layer in adapted_modules(self.model).values():
-            move_adapter(layer, adapter_name, module, cast=True)
+            if autocast_adapter_dtype:
+                cast_adapter_dtype(layer, adapter_name)  # not in the model: its own adapter may have the same name
+            else:
+                move_adapter(layer, adapter_name, module, cast=True)
 
     # Calling
 

@@ -22,7 +22,14 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.modeling_utils import load_state_dict
 
 from . import continuous_batching
-from .base_adapters import base_peft_model, load_base_adapters, save_base_adapters, saved_base_adapters
+from .base_adapters import (
+    base_peft_model,
+    load_base_adapter,
+    load_base_adapters,
+    method_of,
+    save_base_adapters,
+    saved_base_adapters,
+)
 from .card import describe_use
 from .checkpoints import STATE
 from .compatibility import check_config
@@ -149,8 +156,8 @@ def begin_tuner(
     there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     if there is not None and there.peft_type != config.peft_type and REFT in (there.peft_type, config.peft_type):
         raise ValueError(
-            f"The model has an adapter {adapter_name!r} already, of type {there.peft_type.value}, which one of type "
-            f"{config.peft_type.value} would replace. Give the new one another adapter_name."
+            f"The model has an adapter {adapter_name!r} already, of type {method_of(there)}, which one of type "
+            f"{method_of(config)} would replace. Give the new one another adapter_name."
         )
     method(tuner, model, peft_config, adapter_name, *args, **kwargs)
 
@@ -173,9 +180,8 @@ def load_or_undo(
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do, or has another config
             than the one that is there.
     """
-    base_adapter = saved_base_adapters(model).get(adapter_name)
-    if base_adapter is not None and adapter_name not in model.peft_config:  # a `Trainer` that resumes names subfolders
-        return base_peft_model(model).load_adapter(model_id, base_adapter, *args, **kwargs)  # type: ignore[union-attr]
+    if adapter_name in saved_base_adapters(model) and adapter_name not in model.peft_config:
+        return load_base_adapter(model, model_id, adapter_name, *args, **kwargs)  # for a `Trainer` that resumes
     with transaction():
         is_reft = isinstance(model.base_model, ReftModel)
         if is_reft:

@@ -133,8 +133,8 @@ def test_gradients_of_both(base, lora, model, ids, checkpointing):
     by_hand = ByHand(base, model)
     for block, units in by_hand.tensors.items():
         for unit, tensors in units.items():
-            prefix = f"base_model.model.{block}.reft.reft_{unit}.default"
-            units[unit] = {tensor: leaves[f"{prefix}.{tensor}"] for tensor in tensors}
+            prefix = f"base_model.model.{block}._reft._reft_{unit}.default"
+            units[unit] = {tensor: leaves[f"{prefix}._{tensor}"] for tensor in tensors}
     with by_hand.edits(COLUMNS):
         functional_call(base, weights, kwargs=dict(input_ids=ids, labels=labels)).loss.backward()
     if checkpointing is not None:
@@ -142,7 +142,7 @@ def test_gradients_of_both(base, lora, model, ids, checkpointing):
     model.train()(input_ids=ids, labels=labels).loss.backward()
     for name, p in tuned(model).items():
         torch.testing.assert_close(p.grad, leaves[name].grad, atol=1e-5, rtol=1e-4, msg=name)
-        if "layers.2.reft.reft_prefix" not in name:  # which no label sees
+        if "layers.2._reft._reft_prefix" not in name:  # which no label sees
             assert p.grad.abs().max() > 1e-5, name
 
 
@@ -160,7 +160,7 @@ def test_disabled_merged_and_unloaded(base, lora, model, ids):
             take_away()
     assert torch.equal(logits(model, ids), expected)
 
-    names = set(lora.state_dict()) - {name for name in lora.state_dict() if ".reft." in name}
+    names = set(lora.state_dict()) - {name for name in lora.state_dict() if "._reft." in name}
     assert model.unload() is lora and set(lora.state_dict()) == names
     merged = merged_by_hand(base, lora)
     close(logits(lora, ids), logits(merged, ids))
@@ -238,6 +238,20 @@ def test_trainable_or_not_by_name(lora, model):
     assert trainable() == {".lora_": {False}, ".reft_": {True}}
 
 
+def test_dtype_of_lora_is_kept(lora, ids, tmp_path):
+    """TRL casts it on a quantized base, and ReFT is added, loaded and resumed above it."""
+    for p in tuned(lora).values():
+        p.data = p.data.bfloat16()
+    model = on(lora, reft_config())
+    parameters = tuned(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path / "lora-default", "lora-default")
+    assert all(p is parameters[name] for name, p in tuned(model).items())  # which an optimizer may hold
+    for name, p in tuned(model).items():
+        assert p.dtype == (torch.bfloat16 if ".lora_" in name else torch.float32)
+
+
 def test_second_reft_adapter(lora, model, base, ids):
     """One that is trained would take LoRA away from the first; on a LoRA that is frozen it may."""
     names = set(model.state_dict())
@@ -250,6 +264,12 @@ def test_second_reft_adapter(lora, model, base, ids):
     assert not any(p.requires_grad for name, p in tuned(model).items() if ".lora_" in name)
     by_hand = ByHand(merged_by_hand(base, lora), model, "second")
     close(logits(model.eval(), ids), by_hand.logits(ALL, input_ids=ids))
+    for name in ("third", "fourth"):  # both with a head of their own
+        model.add_adapter(name, reft_config(modules_to_save=["lm_head"]))
+    lora.add_adapter("fifth", lora_config())
+    with pytest.raises(ValueError, match="Both adapters are called 'fifth'"):
+        model.add_adapter("fifth", reft_config(modules_to_save=["lm_head"]))
+    assert list(model.peft_config) == ["default", "second", "third", "fourth"]
 
 
 # Saving and loading
