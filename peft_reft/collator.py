@@ -1,6 +1,7 @@
-"""A data collator that tells where prompts end, for losses that are computed outside of the model."""
+"""Data collators that tell where prompts end."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,13 @@ from .spans import IGNORED_LABEL, answer_starts, ranks, sequence_ids
 
 @dataclass
 class DataCollatorWithPromptLengths:
-    """Adds `prompt_lengths` to the batches of another data collator.
+    """Adds `prompt_lengths` to the batches of another data collator, or raises an error.
 
-    The model reads off the labels where prompts end. A trainer that keeps the labels for a loss or a metric of its own
-    (`compute_loss_func`, label smoothing, `compute_metrics`) calls the model without them; the lengths stay in the
-    batch:
+    Trainers of transformers and TRL add them by themselves, to batches where one length a row can say where prompts
+    end. This one is for loops of your own, and for a trainer that shall refuse all other batches:
 
     ```py
-    >>> trainer = SFTTrainer(..., args=SFTConfig(label_smoothing_factor=0.1), peft_config=ReftConfig(...))
-    >>> trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
-    >>> trainer.train()
+    >>> loader = DataLoader(dataset, batch_size=8, collate_fn=DataCollatorWithPromptLengths(collator))
     ```
 
     Args:
@@ -34,6 +32,33 @@ class DataCollatorWithPromptLengths:
         """The batch of the wrapped collator, with `prompt_lengths` (`torch.LongTensor` [batch])."""
         batch = self.collator(features, *args, **kwargs)
         batch["prompt_lengths"] = find_prompt_lengths(batch)
+        return batch
+
+
+@dataclass
+class PromptLengthsAdder:
+    """Adds `prompt_lengths` to the batches of a trainer's data collator where it can, and leaves the others alone.
+
+    Args:
+        collator (`Callable`): the data collator.
+        is_finding (`bool`): whether lengths are read off labels and completion masks. Those that the data set has as a
+            column of its own stay in the batch in any case.
+    """
+
+    collator: Callable[..., Any]
+    is_finding: bool = True
+
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+        """The batch of the wrapped collator, perhaps with `prompt_lengths` (`torch.LongTensor` [batch])."""
+        given = [row["prompt_lengths"] for row in features if isinstance(row, Mapping) and "prompt_lengths" in row]
+        batch = self.collator(features, *args, **kwargs)
+        if not isinstance(batch, MutableMapping) or "prompt_lengths" in batch:
+            return batch
+        if given and len(given) == len(batch.get("input_ids", ())):
+            batch["prompt_lengths"] = torch.as_tensor(given)
+        elif self.is_finding:
+            with suppress(ValueError):  # the labels tell, as far as anything does
+                batch["prompt_lengths"] = find_prompt_lengths(batch)
         return batch
 
 
