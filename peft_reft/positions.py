@@ -81,7 +81,12 @@ class Positions:
         match = SYNTAX.fullmatch(text) if isinstance(text, str) else None
         prefix, suffix = (int(match["prefix"] or 0), int(match["suffix"] or 0)) if match else (0, 0)
         has_both = bool(prefix and suffix)
-        if match is None or not (prefix or suffix) or bool(match["plus"]) != has_both or (match["middle"] and not has_both):
+        if (
+            match is None
+            or not (prefix or suffix)
+            or bool(match["plus"]) != has_both
+            or (match["middle"] and not has_both)
+        ):
             raise ValueError(
                 f"positions={text!r} cannot be read. Write 'f<n>' for the first n tokens of the prompt, 'l<n>' for "
                 "the last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt "
