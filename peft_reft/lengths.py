@@ -1,4 +1,4 @@
-"""Prompt lengths that hold for all calls of a model in a block of code, where the calls themselves cannot be changed."""
+"""Prompt lengths for all calls of a model in a block of code, where the calls themselves cannot be changed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

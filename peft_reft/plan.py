@@ -21,9 +21,7 @@ from .positions import AnyPositions, Rows, to_rows
 
 _current = PerThread()
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
-_looked_at: "weakref.WeakSet[Family]" = (
-    weakref.WeakSet()
-)  # models that need no more be warned of batches without edits
+_looked_at: "weakref.WeakSet[Family]" = weakref.WeakSet()  # models with no more to warn of
 
 
 @dataclass

@@ -81,12 +81,8 @@ class Positions:
         match = SYNTAX.fullmatch(text) if isinstance(text, str) else None
         prefix, suffix = (int(match["prefix"] or 0), int(match["suffix"] or 0)) if match else (0, 0)
         has_both = bool(prefix and suffix)
-        if (
-            match is None
-            or not (prefix or suffix)
-            or bool(match["plus"]) != has_both
-            or (match["middle"] and not has_both)
-        ):
+        is_whole = match is not None and bool(match["plus"]) == has_both and (has_both or not match["middle"])
+        if match is None or not is_whole or not (prefix or suffix):
             raise ValueError(
                 f"positions={text!r} cannot be read. Write 'f<n>' for the first n tokens of the prompt, 'l<n>' for "
                 "the last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt "
@@ -220,8 +216,8 @@ def mark(
     Args:
         spans (`Spans`): where prompts are.
         prefix, suffix (`int` or `torch.LongTensor` [batch, 1]): how many tokens.
-        middle (`bool` or `torch.LongTensor` [batch, 1]): whether the suffix gets an odd token; neither end does, if not,
-            as in pyreft's `get_intervention_locations`.
+        middle (`bool` or `torch.LongTensor` [batch, 1]): whether the suffix gets an odd token. If not, neither end
+            does, as in pyreft's `get_intervention_locations`.
         units (`tuple[str, ...]`): the names of the units.
 
     Returns:

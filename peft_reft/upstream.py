@@ -251,8 +251,9 @@ def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: An
     adder = PromptLengthsAdder(collator, os.environ.get(SWITCH) != "0" and takes_prompt_lengths(trainer, roles[0]))
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
-        if "prompt_lengths" not in trainer._signature_columns:  # type: ignore[operator]
-            trainer._signature_columns.append("prompt_lengths")  # type: ignore[union-attr]
+        columns: Any = trainer._signature_columns
+        if "prompt_lengths" not in columns:
+            columns.append("prompt_lengths")
     trainer.data_collator = adder
     try:
         dataloader = method(trainer, *args, **kwargs)

@@ -172,7 +172,7 @@ def given_tokens(trainer, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(layer, "edit_rows", record)
-        trainer.training_step(trainer.model.train(), first_batch(trainer))
+        trainer.compute_loss(trainer.model.train(), first_batch(trainer))
     return given
 
 
