@@ -23,7 +23,8 @@ class DataCollatorWithPromptLengths:
 
     Args:
         collator (`Callable`): the data collator, whose batches have `labels` (-100 on the prompt), or a
-            `completion_mask` (0 on the prompt) as those of TRL's preference trainers.
+            `completion_mask` (0 on the prompt) as those of TRL's preference trainers. They need an `attention_mask` if
+            rows begin with padding.
     """
 
     collator: Callable[..., MutableMapping[str, Any]]
@@ -50,13 +51,15 @@ class PromptLengthsAdder:
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
         """The batch of the wrapped collator, perhaps with `prompt_lengths` (`torch.LongTensor` [batch])."""
-        given = [row["prompt_lengths"] for row in features if isinstance(row, Mapping) and "prompt_lengths" in row]
+        rows = [row for row in features if isinstance(row, Mapping)] if isinstance(features, list) else []
+        given = [row["prompt_lengths"] for row in rows if "prompt_lengths" in row]  # which the collator may take away
         batch = self.collator(features, *args, **kwargs)
         if not isinstance(batch, MutableMapping) or "prompt_lengths" in batch:
             return batch
-        if given and len(given) == len(batch.get("input_ids", ())):
+        ids = batch.get("input_ids")
+        if given and isinstance(ids, torch.Tensor) and len(given) == len(ids):
             batch["prompt_lengths"] = torch.as_tensor(given)
-        elif self.is_finding:
+        elif self.is_finding and batch.get("attention_mask") is not None:  # or padding might be taken for a prompt
             with suppress(ValueError):  # the labels tell, as far as anything does
                 batch["prompt_lengths"] = find_prompt_lengths(batch)
         return batch
@@ -71,16 +74,18 @@ def find_prompt_lengths(batch: MutableMapping[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: if one length a row cannot say where the prompts are.
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if labels is None and batch.get("completion_mask") is not None:
-        labels = batch["completion_mask"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
-    if ids is None or labels is None or labels.shape != ids.shape:
+    ids, labels, mask = batch.get("input_ids"), batch.get("labels"), batch.get("attention_mask")
+    completion_mask = batch.get("completion_mask")
+    if labels is None and isinstance(completion_mask, torch.Tensor):
+        labels = completion_mask.masked_fill(completion_mask == 0, IGNORED_LABEL)
+    given = [ids, labels] if mask is None else [ids, labels, mask]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.shape == given[0].shape for tensor in given):
         shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
         raise ValueError(
             f"The data collator gave {shapes}, from which prompt_lengths cannot be told: it must give input_ids and, "
-            "of the same shape, labels with -100 on the prompt or a completion_mask with 0 on it."
+            "of the same shape, labels with -100 on the prompt or a completion_mask with 0 on it, and no other "
+            "attention_mask."
         )
-    mask = batch.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     sequences = sequence_ids(batch, valid)
     if sequences is not None and (sequences != sequences[:, :1])[valid].any():

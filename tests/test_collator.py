@@ -74,6 +74,8 @@ REFUSED = {
     "sequence lengths": (dict(cu_seq_lens_q=torch.tensor([0, 12, 20, 24])), "several sequences.*padding_free"),
     "no labels": (dict(labels=None), r"gave \{'input_ids': \[2, 12\].*completion_mask"),
     "class labels": (dict(labels=torch.tensor([0, 1])), r"'labels': \[2\]"),
+    "labels in a list": (dict(labels=[[1], [2]]), "cannot be told"),
+    "a prepared mask": (dict(attention_mask=torch.ones(2, 1, 12, 12)), r"'attention_mask': \[2, 1, 12, 12\]"),
 }
 
 
@@ -111,6 +113,8 @@ def test_lengths_are_added_where_they_can_be(ids):
     for is_finding in (True, False):
         assert add(columns, is_finding, **batch)["prompt_lengths"].tolist() == [3, 2]
     assert PromptLengthsAdder(lambda features: [ids])([]) == [ids]
+    del batch["attention_mask"]  # without which -100 on the left may be padding
+    assert add(**batch) == batch
 
 
 @pytest.mark.parametrize("case", REFUSED)
