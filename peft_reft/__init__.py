@@ -7,11 +7,18 @@ transformers' `load_adapter` take it as they take their own.
 from .checkpoints import last_whole_checkpoint
 from .collator import DataCollatorWithPromptLengths
 from .config import ReftConfig
+from .lengths import prompt_lengths
 from .model import ReftModel
 from .registration import register
 from .upstream import complete_upstream
 
-__all__ = ["DataCollatorWithPromptLengths", "ReftConfig", "ReftModel", "last_whole_checkpoint"]
+__all__ = [
+    "DataCollatorWithPromptLengths",
+    "ReftConfig",
+    "ReftModel",
+    "last_whole_checkpoint",
+    "prompt_lengths",
+]
 __version__ = "0.1.0"
 
 register(ReftConfig, ReftModel)

@@ -286,11 +286,25 @@ def _valid_prompt(
     if kwargs.get("attention_mask") is not None:
         return kwargs["attention_mask"].bool()
     if input_ids is not None:  # beside embeddings, too
-        pad, eos = _option(configs, "pad_token_id"), _option(configs, "eos_token_id")
-        is_told = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
-        return input_ids != (pad if is_told else -1)
+        pad = padding_id(configs)
+        return input_ids != (-1 if pad is None else pad)
     embeddings = kwargs.get("inputs_embeds")
     return None if embeddings is None else torch.ones(embeddings.shape[:2], dtype=torch.bool)
+
+
+def padding_id(configs: list[Mapping[str, Any]], others: tuple[str, ...] = ("eos_token_id",)) -> int | None:
+    """The id by which padding is known where no mask tells it, as `generate` decides.
+
+    Args:
+        configs: where the ids of special tokens are looked for, in this order.
+        others: names of those that a padding token must not be, or it may be a token of the text.
+
+    Returns:
+        `int`, or None if there is no such id.
+    """
+    pad = _option(configs, "pad_token_id")
+    ids = [_option(configs, name) for name in others]
+    return None if any(pad in (own if isinstance(own, list) else [own]) for own in ids) else pad
 
 
 def _is_no_step(arguments: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from .continuous_batching import Requests
 from .generation import Family, Generation, current_generation, find_cache, set_generation
 from .layer import LAYER, ReftLayer, adapted_modules, base_modules, layer_of
 from .layout import edit_in_layout
+from .lengths import current_lengths
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch, set_mixed_batch
 from .per_thread import PerThread
 
@@ -164,6 +165,10 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
             arguments = outer.call.told_to(role) | arguments
             break
         outer = outer.outer  # left behind by an interrupt
+    else:
+        lengths = current_lengths(role.family)
+        if lengths is not None and (not role.apart or role.kind == "decoder"):
+            arguments = {"prompt_lengths": lengths} | arguments
     generation = generation_of(role, arguments)
     call = Call(role, module, module.training, arguments, generation)
     plans.set_plan(plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs)))

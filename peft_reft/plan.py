@@ -3,7 +3,9 @@
 A `Plan` belongs to one call, for as long as that lasts, and every adapted module of the thread finds it.
 """
 
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,12 +14,14 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .call import Call
+from .generation import Family
 from .mixed_batch import MixedBatch
 from .per_thread import PerThread
 from .positions import AnyPositions, Rows, to_rows
 
 _current = PerThread()
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
+_looked_at: "weakref.WeakSet[Family]" = weakref.WeakSet()  # models with no more to warn of
 
 
 @dataclass
@@ -79,7 +83,30 @@ class Plan:
         if spans is None:
             return positions.outside_prompts(units, batch, tokens, device)
         masks = positions.select(spans, units)
+        if self.call.training:
+            warn_if_empty(masks.values(), positions, self.call.role.family)
         return to_rows(masks, {unit: positions.most(unit, spans) for unit in masks})
+
+
+def warn_if_empty(masks: Iterable[torch.Tensor], positions: AnyPositions, family: Family) -> None:
+    """Warn, once for each model, of a training batch no token of which is edited: it trains nothing.
+
+    Elsewhere than on a CPU to look at values would make the device wait, so there the first batch alone is looked at.
+    """
+    masks = list(masks)
+    device = masks[0].device.type
+    if torch.compiler.is_compiling() or device == "meta" or family in _looked_at:
+        return
+    is_empty = not any(mask.any() for mask in masks)
+    if is_empty or device != "cpu":
+        _looked_at.add(family)
+    if is_empty:
+        warnings.warn(
+            f"No token of a training batch is edited: positions='{positions.text}' name tokens of prompts, and its "
+            "prompts are empty (prompt_lengths of 0, or nothing but padding). Such a batch trains nothing. Once for "
+            "each model.",
+            stacklevel=2,
+        )
 
 
 def current_plan() -> "Plan | None":

@@ -75,6 +75,20 @@ def valid_tokens(attention_mask: Any, past: int, tokens: int, is_causal: bool) -
     return mask[:, :columns]
 
 
+def without_padding(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """Which tokens are no padding, read off their ids: padding is at the ends of a row.
+
+    Args:
+        input_ids (`torch.LongTensor` [batch, tokens]): the ids.
+        pad_token_id (`int`): the id of padding, which text may hold as well.
+
+    Returns:
+        `torch.BoolTensor` [batch, tokens].
+    """
+    is_text = (input_ids != pad_token_id).long()
+    return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)
+
+
 def valid_before(valid: torch.Tensor) -> torch.Tensor:
     """The column of the last token before each, padding left out; -1 for the first [batch, tokens]."""
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)

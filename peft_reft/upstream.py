@@ -5,13 +5,16 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 
 import functools
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, other
@@ -30,13 +33,15 @@ from .base_adapters import (
     save_base_adapters,
     saved_base_adapters,
 )
+from .call import Role, note_labels
 from .card import describe_use
 from .checkpoints import STATE
+from .collator import PromptLengthsAdder
 from .compatibility import check_config
 from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import LAYER, adapted_modules
+from .layer import LAYER, adapted_modules, base_modules
 from .model import ReftModel, check_keys, misfit, needed_tensors, plain_name
 from .quantized import keep_dtypes
 from .registration import REFT
@@ -67,11 +72,16 @@ def complete_upstream() -> None:
     complete_trainer()
 
 
+SWITCH = "PEFT_REFT_PROMPT_LENGTHS"  # an environment variable; "0" keeps trainers from adding prompt_lengths
+
+
 def complete_trainer() -> None:
     """Complete `Trainer` if its module is there. To import it would take longer than all else: it brings datasets."""
     module: Any = sys.modules.get("transformers.trainer")
     if hasattr(module, "Trainer"):
         complete(module.CallbackHandler, "on_init_end", restore_dtypes)
+        complete(module.Trainer, "_get_dataloader", add_prompt_lengths)
+        complete(module.Trainer, "_prepare_inputs", note_labels_in_evaluation)
         complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
         complete(module.Trainer, "save_model", save_sharded)
         complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
@@ -390,6 +400,68 @@ def restore_dtypes(method: Callable[..., Any], handler: "CallbackHandler", *args
             if isinstance(module, Intervention):
                 module.restore_dtype()
     return method(handler, *args, **kwargs)
+
+
+def roles_of(model: Any) -> list[Role]:
+    """The roles of an adapted model, the outermost first; none of a model without adapters."""
+    roles = (vars(module).get("_reft_role") for _, module in base_modules(model))
+    return [role for role in roles if role is not None]
+
+
+def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
+    """Have a trainer's batches hold `prompt_lengths`, where one length a row says where the prompt ends.
+
+    With them a suffix takes its few tokens through its edit, and not all that the labels may end a prompt at, and
+    where a trainer keeps the labels for itself the model knows. The trainer's own collator stays where it is: TRL's
+    look at its class.
+    """
+    model, collator = trainer.model, trainer.data_collator
+    roles = [] if model is None else roles_of(model)
+    if not any(role.kind in ("causal", "decoder") for role in roles):
+        return method(trainer, *args, **kwargs)
+    adder = PromptLengthsAdder(collator, os.environ.get(SWITCH) != "0" and takes_prompt_lengths(trainer, roles[0]))
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        columns: Any = trainer._signature_columns
+        if "prompt_lengths" not in columns:
+            columns.append("prompt_lengths")
+    trainer.data_collator = adder
+    try:
+        dataloader = method(trainer, *args, **kwargs)
+    finally:
+        trainer.data_collator = collator
+    is_dispatched = isinstance(dataloader, DataLoaderDispatcher) and not dataloader.split_batches
+    if is_dispatched and dataloader.state.num_processes > 1:
+        adder.is_finding = False  # one process joins the batches of all, which must have the same keys
+    return dataloader
+
+
+def takes_prompt_lengths(trainer: "Trainer", role: Role) -> bool:
+    """Whether all that a trainer gives its batches to can take `prompt_lengths`, and its model has a use for them."""
+    if role.kind != "causal":  # the labels of an encoder-decoder model are not those of its input_ids
+        return False
+    reference = getattr(trainer, "ref_model", None)  # TRL's, perhaps without an adapter
+    layers = [layer for _, layer in adapted_modules(trainer.model).values()]  # type: ignore[arg-type]
+    is_used = any(positions.span != "all" for layer in layers for positions in layer.positions.values())
+    generates = getattr(trainer.args, "predict_with_generate", False)  # from the whole batch
+    return is_used and not generates and (reference is None or bool(roles_of(reference)))
+
+
+def note_labels_in_evaluation(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
+    """A trainer that keeps the labels for itself calls the model with ids that came with labels all the same.
+
+    In training a call without labels is refused in any case.
+    """
+    inputs = method(trainer, *args, **kwargs)
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if trainer.model is None or trainer.model.training or not isinstance(labels, torch.Tensor):
+        return inputs
+    for family in {role.family for role in roles_of(trainer.model)}:
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = inputs.get(name)
+            if isinstance(ids, torch.Tensor) and ids.shape == labels.shape:
+                note_labels(family, ids)
+    return inputs
 
 
 def begin_checkpoint(method: Callable[..., Any], trainer: "Trainer", model: Any, trial: Any, **kwargs: Any) -> None:
