@@ -81,7 +81,7 @@ def merged_by_hand(base, lora, name="default"):
 
 @torch.no_grad()
 def logits(model, ids, **inputs):
-    return model(input_ids=ids, **inputs).logits
+    return model(input_ids=ids.clone(), **inputs).logits
 
 
 def close(found, expected):
@@ -89,7 +89,7 @@ def close(found, expected):
 
 
 def tuned(model):
-    return {name: p for name, p in model.named_parameters() if ".lora_" in name or ".reft_" in name}
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name or "._reft_" in name}
 
 
 def a_step(model, ids):
@@ -218,9 +218,9 @@ def test_lora_is_trained_if_it_was_trainable(base, lora, ids, tmp_path, is_train
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     a_step(model, ids)
     for name, p in model.named_parameters():
-        trained = ".reft_" in name or (is_trainable and ".lora_" in name)
+        trained = "._reft_" in name or (is_trainable and ".lora_" in name)
         assert p.requires_grad == trained and torch.equal(p, before[name]) != trained, name
-    trained = sum(p.numel() for name, p in tuned(model).items() if is_trainable or ".reft_" in name)
+    trained = sum(p.numel() for name, p in tuned(model).items() if is_trainable or "._reft_" in name)
     assert model.get_nb_trainable_parameters() == (trained, sum(p.numel() for p in model.parameters()))
 
 
@@ -228,14 +228,14 @@ def test_trainable_or_not_by_name(lora, model):
     """Of the ReFT adapter, though LoRA's has the same name."""
 
     def trainable():
-        return {kind: {p.requires_grad for n, p in tuned(model).items() if kind in n} for kind in (".lora_", ".reft_")}
+        return {kind: {p.requires_grad for n, p in tuned(model).items() if kind in n} for kind in (".lora_", "._reft_")}
 
     model.set_requires_grad("default", False)
-    assert trainable() == {".lora_": {True}, ".reft_": {False}}
+    assert trainable() == {".lora_": {True}, "._reft_": {False}}
     model.set_adapter("default")
-    assert trainable() == {".lora_": {True}, ".reft_": {True}}
+    assert trainable() == {".lora_": {True}, "._reft_": {True}}
     lora.set_adapter("default", inference_mode=True)
-    assert trainable() == {".lora_": {False}, ".reft_": {True}}
+    assert trainable() == {".lora_": {False}, "._reft_": {True}}
 
 
 def test_dtype_of_lora_is_kept(lora, ids, tmp_path):
@@ -305,7 +305,7 @@ def test_files_are_those_of_each_alone(saved, base, lora, model, ids):
     each = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert files == each | {f"lora-default/{name}" for name in each}
     for folder, config, kind in (
-        ("adapter", reft_config(), ".reft_"),
+        ("adapter", reft_config(), "._reft_"),
         ("adapter/lora-default", lora_config(), ".lora_"),
     ):
         alone = get_peft_model_state_dict(get_peft_model(copy.deepcopy(base), config))
