@@ -12,6 +12,9 @@ from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
 
+SAVED_WITHOUT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
+COMPILED = "_orig_mod"  # torch.compile(module) has the module as this child, which state dicts name
+WRAPPERS = (*SAVED_WITHOUT, COMPILED)
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
 CANNOT_MERGE = (
@@ -117,6 +120,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "reft." + super().__repr__()
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` has compiled; a module that is not compiled, itself."""
+    return module._modules.get(COMPILED) or module
+
+
+def plain_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
+    """The name of a module or parameter without those of wrappers around its parents."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def layer_of(module: nn.Module) -> ReftLayer | None:

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .intervention import Intervention
-from .layer import CANNOT_MERGE, LAYER, ReftLayer, adapted_modules, layer_of
+from .layer import CANNOT_MERGE, LAYER, SAVED_WITHOUT, ReftLayer, adapted_modules, layer_of, plain_name, uncompiled
 from .layout import architecture_of
-from .mixed_batch import current_mixed_batch, set_mixed_batch
+from . import mixed_batch as mixed_batches
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .targets import find_targets, is_excluded
@@ -26,7 +26,6 @@ from .targets import find_targets, is_excluded
 TAG = "reft"
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
 SHARDED = (FSDPModule, FullyShardedDataParallel)
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
 
 
 class ReftModel(BaseTuner):
@@ -85,6 +84,7 @@ class ReftModel(BaseTuner):
                 key.replace(f".{LAYER}.{self.prefix}", f".{self.prefix}"): v for key, v in state_dict.items()
             }
         refuse_sharded(model)
+        refuse_compiled(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         hook_model(model, self.peft_config[adapter_name])
         keep_dtypes(model)
@@ -132,12 +132,13 @@ class ReftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names, outer = kwargs.get("adapter_names"), current_mixed_batch()
-        set_mixed_batch(None if names is None else mix(self.model, family_of(self.model), names))
+        names, outer = kwargs.get("adapter_names"), mixed_batches.current_mixed_batch()
+        mixed_batch = None if names is None else mix(self.model, family_of(self.model), names)
         try:
+            mixed_batches.current.value = mixed_batch
             yield
         finally:
-            set_mixed_batch(outer)
+            mixed_batches.current.value = outer
 
     # What cannot be done with ReFT
 
@@ -195,7 +196,7 @@ class ReftModel(BaseTuner):
                 "save it. trainer.save_model does; else state_dict = accelerator.get_state_dict(model) everywhere, "
                 "and accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict) on the main one."
             )
-        return {key: whole(state_dict[key]) for key in needed}
+        return {plain_name(key): whole(state_dict[key]) for key in needed}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -203,7 +204,7 @@ class ReftModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = list(tensors_of(model, adapter_name))
         needed = {key: unit.shapes()[name] for key, unit, name in tensors}
-        keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
+        keys = {cls._remove_adapter_name_from_key(plain_name(key), adapter_name): key for key in needed}
         keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
         check_checkpoint(adapter_name, needed, state_dict)
@@ -229,21 +230,25 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
             unit.to(device=device, dtype=dtype)
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise a ValueError if `torch.compile` made a model: its parts may be compiled, and so may what is adapted."""
+    if uncompiled(model) is not model:
+        raise ValueError(
+            "The model was compiled by torch.compile(model). Add or load the adapter before you compile it, or give "
+            "the model that was compiled (model._orig_mod) and compile what you get."
+        )
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """Raise a ValueError if FSDP has sharded a model: what is added to it would be trained by each process apart."""
     if any(isinstance(module, SHARDED) for module in model.modules()):
         raise ValueError("Add adapters before FSDP shards the model: those added later are not kept the same.")
 
 
-def plain_name(name: str) -> str:
-    """The name of a module or parameter without those of wrappers around its parents, as state dicts have it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
     """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
     for name, (_, layer) in adapted_modules(model).items():
-        prefix = f"{plain_name(name)}.{LAYER}"
+        prefix = f"{plain_name(name, SAVED_WITHOUT)}.{LAYER}"
         for unit, intervention in layer.units(adapter_name).items():
             for key in intervention.shapes():
                 yield f"{prefix}.reft_{unit}.{adapter_name}.{key}", intervention, key

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_reft import ReftConfig
 from peft_reft.generation import current_generation
-from peft_reft.hooks import Generate, unhook_model
+from peft_reft.hooks import unhook_model
 from peft_reft.plan import current_plan
 
 
@@ -79,7 +79,7 @@ def test_generate_that_another_package_replaced(ids):
     replaced = base.generate
     model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=4))
     model.generate(input_ids=ids, max_new_tokens=1)
-    assert calls == [1] and isinstance(base.generate, Generate)
+    assert calls == [1]
     assert model.unload().generate is replaced
 
 
