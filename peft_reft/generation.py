@@ -15,7 +15,7 @@ from .spans import valid_tokens, whole_sequences
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
 
-_current = PerThread()
+current = PerThread()  # the call of `generate` that runs
 _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
 
 
@@ -25,12 +25,7 @@ class Family:
 
 def current_generation() -> "Generation | None":
     """The call of `generate` that runs in this thread."""
-    return _current.value
-
-
-def set_generation(generation: "Generation | None") -> None:
-    """Make `generation` the one that runs; None ends it."""
-    _current.value = generation
+    return current.value
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
@@ -91,6 +86,8 @@ class Generation:
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
+        is_in_own_generate (`bool`): whether the call has come to `generate` of the model's class, which another that
+            was put on the model may call.
     """
 
     family: Family
@@ -104,6 +101,7 @@ class Generation:
     is_draft: bool = False
     cache: Any = None
     mixed_batch: MixedBatch | None = None
+    is_in_own_generate: bool = True
 
     @classmethod
     def of(cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":

@@ -19,6 +19,10 @@ SLOT = "_reft_"  # with the prefix, and the only part that has it, or transforme
 UNITS = ("unit", "prefix", "suffix")
 TENSORS = ("R", "W", "b")
 
+SAVED_WITHOUT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
+COMPILED = "_orig_mod"  # torch.compile(module) has the module as this child, which state dicts name
+WRAPPERS = (*SAVED_WITHOUT, COMPILED)
+
 CANNOT_MERGE = (
     "ReFT edits hidden states at some positions, which no weight of the base model can express: it cannot be merged. "
     "Keep the adapter beside the model, in use as in storage: PeftModel.from_pretrained(base, adapter) loads it, "
@@ -151,6 +155,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "reft." + super().__repr__()
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` has compiled; a module that is not compiled, itself."""
+    return module._modules.get(COMPILED) or module
+
+
+def plain_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
+    """The name of a module or parameter without those of wrappers around its parents."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def layer_of(module: nn.Module) -> ReftLayer | None:

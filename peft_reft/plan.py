@@ -19,7 +19,7 @@ from .mixed_batch import MixedBatch
 from .per_thread import PerThread
 from .positions import AnyPositions, Rows, to_rows
 
-_current = PerThread()
+current = PerThread()  # the plan of the call that runs; None between calls
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
 _looked_at: "weakref.WeakSet[Family]" = weakref.WeakSet()  # models with no more to warn of
 
@@ -32,17 +32,22 @@ class Plan:
         call (`Call`): the call.
         outer (`Plan`, *optional*): the plan that was current when the call began.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its rows, where they differ.
+        is_in_own_forward (`bool`): whether the call has come to the forward of the model's class, which another that
+            was put on the model may call.
+        checkpointed (`nn.Module`, *optional*): the module whose forward has just been checkpointed with its edits.
     """
 
     call: Call
     outer: "Plan | None" = None
     mixed_batch: MixedBatch | None = None
+    is_in_own_forward: bool = True
+    checkpointed: torch.nn.Module | None = None
     _rows: dict[Any, list[tuple[int, int, list[Rows]]]] = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> "Plan":
         """The plan without what only its call needs; what was found in the call stays."""
-        return replace(self, call=self.call.ended(), outer=None)
+        return replace(self, call=self.call.ended(), outer=None, checkpointed=None)
 
     def rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
@@ -111,12 +116,7 @@ def warn_if_empty(masks: Iterable[torch.Tensor], positions: AnyPositions, family
 
 def current_plan() -> "Plan | None":
     """The plan of the call that runs in this thread."""
-    return _current.value
-
-
-def set_plan(plan: "Plan | None") -> None:
-    """Make `plan` the one that adapted modules find; None ends the call."""
-    _current.value = plan
+    return current.value
 
 
 def tensors_among(args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

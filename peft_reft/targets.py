@@ -18,11 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .call import reads_text
 from .config import ReftConfig
-from .layer import ReftLayer
+from .layer import COMPILED, ReftLayer, plain_name, uncompiled
 
 
 def is_excluded(config: ReftConfig, key: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` take a module out, by PEFT's own rules."""
+    key = plain_name(key)
     rules = {"exclude_modules": config.exclude_modules, "modules_to_save": config.modules_to_save}
     return isinstance(check_target_module_exists(SimpleNamespace(target_modules=[key], **rules), key), _ExcludedModule)
 
@@ -59,7 +60,7 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
         found = [name for name in lists if any(name == p or name.endswith(f".{p}") for p in patterns)]
     else:
         depth = getattr(text_config(root), "num_hidden_layers", None)
-        found = [name for name in lists if isinstance(lists[name][0], GradientCheckpointingLayer)]
+        found = [name for name in lists if isinstance(uncompiled(lists[name][0]), GradientCheckpointingLayer)]
         found = found or [name for name in lists if len(lists[name]) == depth] or list(lists)
         if len(found) > 1 and isinstance(model, PreTrainedModel) and model.base_model is not model:
             # Below a head, towers of other modalities serve the language model; alone, no tower is the model.
@@ -137,7 +138,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, i
     targets = {}
     for name in names:
         d = output_width(model, name)
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), plain_name(name)), config.r)
         if r > d:
             raise ValueError(
                 f"r={r} is above the width of the hidden states that {name!r} puts out: give a rank from 1 to {d}."
@@ -151,10 +152,11 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
     modules = dict(model.named_modules())
     adapters = [name for name, module in modules.items() if isinstance(module, ReftLayer)]
     candidates = [name for name in modules if name and not any(f"{name}.".startswith(f"{a}.") for a in adapters)]
+    candidates = [name for name in candidates if not name.endswith(f".{COMPILED}")]  # the compiled module is called
     found: set[str] = set()
     for target in config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]:
         rule = SimpleNamespace(target_modules=[target] if isinstance(config.target_modules, list) else target)
-        matched = {name for name in candidates if check_target_module_exists(rule, name)}
+        matched = {name for name in candidates if check_target_module_exists(rule, plain_name(name))}
         if not matched:
             raise ValueError(
                 f"target_modules={config.target_modules!r}: {target!r} matches no module of {type(model).__name__}. "
@@ -246,7 +248,7 @@ def output_width(model: nn.Module, name: str) -> int:
     Raises:
         ValueError: if it puts out no hidden state, or its width cannot be told.
     """
-    module = model.get_submodule(name)
+    module = uncompiled(model.get_submodule(name))
     problem = None
     if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):
         problem = "is a container that is never called"

@@ -41,8 +41,8 @@ from .compatibility import check_config
 from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import LAYER, adapted_modules, base_modules
-from .model import ReftModel, check_keys, misfit, needed_tensors, plain_name
+from .layer import LAYER, adapted_modules, base_modules, plain_name
+from .model import ReftModel, check_keys, misfit, needed_tensors
 from .quantized import keep_dtypes
 from .registration import REFT
 from .transaction import Snapshot, remember, transaction

@@ -228,7 +228,9 @@ def test_trainable_or_not_by_name(lora, model):
     """Of the ReFT adapter, though LoRA's has the same name."""
 
     def trainable():
-        return {kind: {p.requires_grad for n, p in tuned(model).items() if kind in n} for kind in (".lora_", "._reft_")}
+        return {
+            kind: {p.requires_grad for n, p in tuned(model).items() if kind in n} for kind in (".lora_", "._reft_")
+        }
 
     model.set_requires_grad("default", False)
     assert trainable() == {".lora_": {True}, "._reft_": {False}}
