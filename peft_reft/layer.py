@@ -11,6 +11,7 @@ from .config import VARIANTS, ReftConfig
 from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
+from .transforms import sees_operations
 
 LAYER = "reft"  # the child's name: without the prefix, or PEFT would skip it where it sets and deletes adapters
 
@@ -193,5 +194,7 @@ def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows
     own = [units[name] for name in rows.units]
     if rows.indices is None:
         return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
+    if sees_operations():
+        return hidden_states.index_put(rows.indices, edit(own, hidden_states[rows.indices], rows.mask))
     taken, left = TakeRows.apply(hidden_states, *rows.indices)
     return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)
