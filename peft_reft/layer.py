@@ -11,6 +11,7 @@ from .config import VARIANTS, ReftConfig
 from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
+from .transforms import sees_operations
 
 # The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an
 # underscore, as names of adapters rarely do: PEFT does not save keys that have the name of another adapter in them.
@@ -241,5 +242,7 @@ def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows
     own = [units[name] for name in rows.units]
     if rows.indices is None:
         return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
+    if sees_operations():
+        return hidden_states.index_put(rows.indices, edit(own, hidden_states[rows.indices], rows.mask))
     taken, left = TakeRows.apply(hidden_states, *rows.indices)
     return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)

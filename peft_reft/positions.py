@@ -252,7 +252,7 @@ def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list
         for unit in bounded:
             rank = 2 * masks[unit].to(torch.uint8) + free
             columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :n])
-            free = free.scatter(1, columns[-1], False)
+            free = free.scatter(1, columns[-1], 0)  # torch.jit.trace takes no False here
         mask = torch.stack([masks[unit].gather(1, own) for unit, own in zip(bounded, columns, strict=True)])
         batch = torch.arange(mask.shape[1], device=mask.device).view(1, -1, 1)
         rows.append(Rows(bounded, (batch, torch.stack(columns)), mask))

@@ -301,6 +301,9 @@ def test_tensors_that_have_no_place(tmp_path, base):
     source = save_pyreft(tmp_path / "b", [0], [unit | {"act_fn.weight": torch.ones(1)}], "Noreft")
     with pytest.raises(ValueError, match="holds act_fn.weight, which cannot be converted"):
         converted(source, base, positions="f2", act_fn="prelu")
+    source = save_pyreft(tmp_path / "c", [0], [unit], "Noreft")
+    with pytest.raises(ValueError, match="act_fn='prelu' has parameters"):
+        converted(source, base, positions="f2", act_fn="prelu")
 
 
 def test_nothing_is_written_over(tmp_path, base):

@@ -4,6 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_reft import ReftConfig
+from peft_reft.config import VARIANTS
 from peft_reft.intervention import edit
 from peft_reft.layer import Key, ReftLayer, adapted_modules, edit_rows, layer_of
 from peft_reft.positions import Rows
@@ -87,6 +88,32 @@ def test_gradients(indexed, options):
         found.append([hidden_states.grad, *(p.grad for unit in units.values() for p in unit.parameters())])
     torch.testing.assert_close(*found)
     assert torch.equal(found[0][0][:, [1, 3, 4]], weights[:, [1, 3, 4]])
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("act_fn", [None, "tanh"])
+@pytest.mark.parametrize("intervention", VARIANTS)
+def test_second_derivatives(intervention, act_fn, indexed):
+    """In float64, compared with differences of first ones; those of tokens that stay are among them."""
+    torch.manual_seed(0)
+    layer = ReftLayer(6)
+    layer.update_layer("default", 2, ReftConfig(init_weights=False, intervention=intervention, act_fn=act_fn))
+    names = [name for name, _ in layer.double().named_parameters()]
+
+    class Edited(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden_states):
+            return edit_all(hidden_states, self.layer.units("default"), indexed)
+
+    def edited(hidden_states, *parameters):
+        given = {f"layer.{name}": parameter for name, parameter in zip(names, parameters, strict=True)}
+        return torch.func.functional_call(Edited(), given, hidden_states)
+
+    hidden_states = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(edited, (hidden_states, *layer.parameters()))
 
 
 def test_dropout_of_edited_tokens_alone():
