@@ -12,7 +12,17 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .continuous_batching import Requests
-from .generation import CACHES, STATES, Family, Generation, find_cache, given_tokens, padding_id, tokens_before
+from .generation import (
+    CACHES,
+    STATES,
+    Family,
+    Generation,
+    find_cache,
+    given_shape,
+    given_tokens,
+    padding_id,
+    tokens_before,
+)
 from .mixed_batch import MixedBatch
 from .positions import AnyPositions, Spans
 from .spans import (
@@ -197,6 +207,12 @@ class Call:
             # Layers that write no cache may be given only the tokens whose logits are asked for (Gemma 4).
             spans = self.prompts(positions, batch, given, device)
             return None if spans is None else _after(spans, given - tokens)
+        if (shape := given_shape(arguments)) is not None and len(shape) > 2 and shape[:2] != (batch, tokens):
+            raise ValueError(
+                f"{type(self.owner).__name__} was given input of shape {list(shape)}, several sequences a row, which "
+                f"it lays out anew as {batch} rows of {tokens} tokens. ReFT does not follow that. Give it one "
+                "sequence a row, [batch, tokens]."
+            )
         if given is not None and given != tokens:
             raise ValueError(
                 f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "

@@ -63,9 +63,16 @@ def tokens_before(arguments: Mapping[str, Any]) -> int | torch.Tensor | None:
 
 def given_tokens(arguments: Mapping[str, Any]) -> int | None:
     """How many tokens a forward is given, or None if its arguments hold no text."""
-    inputs = arguments.get("input_ids")
-    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-    return None if inputs is None else inputs.shape[1]
+    shape = given_shape(arguments)
+    return None if shape is None else shape[1]
+
+
+def given_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the tokens that a forward is given, embeddings without their width, or None if there are none."""
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if ids is not None:
+        return tuple(ids.shape)
+    return None if embeddings is None else tuple(embeddings.shape[:-1])
 
 
 @dataclass

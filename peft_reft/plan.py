@@ -80,7 +80,10 @@ class Plan:
     ) -> list[Rows]:
         if self.call.owner is None:
             raise RuntimeError(
-                "A module was recomputed in the backward pass with adapters that its forward did not use."
+                "A module was recomputed in the backward pass with adapters that its forward did not use. Adapters "
+                "were switched, enabled or disabled in between, and gradient checkpointing runs the module again. "
+                "Call backward() before you switch adapters, switch back before you call it, or turn gradient "
+                "checkpointing off (model.gradient_checkpointing_disable())."
             )
         if self.mixed_batch is not None:
             self.call.check_mixed(self.mixed_batch, batch)

@@ -7,7 +7,14 @@ import weakref
 import pytest
 import torch
 from by_hand import ENCODER, TWO, adapt_model, assert_edits, generated, labels_of, make_llama
-from transformers import BertConfig, BertModel, DynamicCache, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    LlamaForSequenceClassification,
+)
 
 from peft_reft.call import Call, Role
 from peft_reft.generation import Family
@@ -46,6 +53,20 @@ def test_labels_that_are_withheld_from_a_second_call(adapt, ids):
     adapted = adapt(positions="f2")
     for told in (dict(labels=labels), {}):
         assert_edits(adapted, {"unit": [[0, 1], [0, 1]]}, input_ids=ids, **told)
+
+
+@pytest.mark.parametrize("choices", [3, 12])
+def test_several_sequences_a_row(ids, choices):
+    """The model itself lays them out as rows; as many choices as tokens are no reason to take them for tokens."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    adapted = adapt_model(GPT2DoubleHeadsModel(config).eval(), positions="f2+l2")
+    several = ids.unsqueeze(1).expand(-1, choices, -1)
+    for inputs in (dict(input_ids=several), dict(inputs_embeds=adapted[0].get_input_embeddings()(several))):
+        with pytest.raises(
+            ValueError, match=rf"Model was given input of shape \[2, {choices}, 12\], several sequences"
+        ):
+            adapted[0](**inputs)
+    assert_edits(adapted, {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, input_ids=ids)
 
 
 def test_single_token_after_a_cache_that_cannot_tell_its_length():
