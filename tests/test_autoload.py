@@ -3,16 +3,13 @@
 `integration/transformers/test_autoload.py` has the real ones.
 """
 
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import tomllib
+from installed import environment, install
 
-ROOT = Path(__file__).parents[1]
 TORCH = """
 import os
 from importlib.metadata import entry_points
@@ -58,27 +55,19 @@ def site(tmp_path):
     for name, text in PACKAGES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (source, copy), *others = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items()
-    assert not others
-    shutil.copy(ROOT / source, tmp_path / copy)
-    metadata = tmp_path / "peft_reft-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: peft_reft\nVersion: 0.1.0\n")
-    (group, points), *others = project["project"]["entry-points"].items()
-    assert not others
-    lines = [f"[{group}]"] + [f"{name} = {value}" for name, value in points.items()]
-    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    install(tmp_path)
     return tmp_path
 
 
 def run(site, code, *options, **variables):
     """What a process prints, and its warnings and errors."""
-    environment = {**os.environ, "PYTHONPATH": str(site), **variables}
-    for name in set(environment) & {"PEFT_REFT_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"} - variables.keys():
-        del environment[name]
-    command = [sys.executable, *options, "-c", code]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=site)
+    process = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        env=environment(site, **variables),
+        capture_output=True,
+        text=True,
+        cwd=site,
+    )
     assert process.returncode == 0, process.stderr
     return process.stdout.strip(), process.stderr
 
