@@ -1,28 +1,35 @@
-"""The model card of an adapter: what a reader must install and import to load it."""
+"""The model card of an adapter: what a reader must install to load it, and how it is used."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 
-HEADING = "## How to load this ReFT adapter"
-USE = """
-{heading}
+HEADING = "## How to use this ReFT adapter"
+USE = """{heading}
 
-The adapter edits hidden states of its base model ([ReFT](https://huggingface.co/papers/2404.03592)). With PEFT it
-needs the package `peft_reft`, whose import makes the method known to PEFT:
+The adapter edits hidden states of its base model ([ReFT](https://huggingface.co/papers/2404.03592)). PEFT and
+transformers load it where the package `peft_reft` is installed:
 
 ```
 pip install peft_reft
 ```
 
 ```python
-import peft_reft
 from peft import {auto_class}
+from transformers import AutoTokenizer
 
 model = {auto_class}.from_pretrained("path or id of this repository")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+{call}
 ```
+
 """
+GENERATE = """inputs = tokenizer("What is the capital of Italy?", return_tensors="pt")  # or apply_chat_template
+tokens = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
+FORWARD = """outputs = model(**tokenizer("An example.", return_tensors="pt"))"""
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -34,12 +41,19 @@ AUTO_CLASSES = {
 
 
 def describe_use(folder: str | Path, config: PeftConfig) -> None:
-    """Add to the model card in a folder, if there is one, how the adapter is loaded."""
+    """Add to the model card in a folder, if there is one, how the adapter is used: before all other sections."""
     path = Path(folder) / "README.md"
     if not path.exists():
         return
     card = ModelCard.load(path)
     if HEADING not in card.text:
-        auto_class = AUTO_CLASSES.get(config.task_type or "", "AutoPeftModel")
-        card.text = f"{card.text.rstrip()}\n{USE.format(heading=HEADING, auto_class=auto_class)}"
+        section = USE.format(
+            heading=HEADING,
+            auto_class=AUTO_CLASSES.get(config.task_type or "", "AutoPeftModel"),
+            base=config.base_model_name_or_path or "the base model",
+            call=GENERATE if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else FORWARD,
+        )
+        first = re.search(r"^## ", card.text, re.MULTILINE)
+        start = first.start() if first else len(card.text)
+        card.text = f"{card.text[:start].rstrip()}\n\n{section}{card.text[start:]}"
         card.save(path)
