@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, Field, field, fields, make_dataclass
+from dataclasses import Field, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from peft import PeftConfig
@@ -34,8 +34,8 @@ PLAIN = {
 def argument(config_field: Field) -> tuple[str, Any, Field]:
     """Return the name, the type and the field of the argument for a field of `ReftConfig`."""
     kind, text = PLAIN.get(HINTS[config_field.name]), config_field.metadata["help"]
-    has_factory = config_field.default_factory is not MISSING
-    default = config_field.default_factory() if has_factory else config_field.default  # type: ignore[misc]
+    factory = config_field.default_factory
+    default: Any = factory() if callable(factory) else config_field.default
     if kind is None:
         default = None if default is None else json.dumps(default)
         kind, text = str | None, f"{text} As JSON."
@@ -63,7 +63,7 @@ def peft_config(self: Any, **others: Any) -> ReftConfig:
 
 
 # What to edit, and where: an argument for each field of `ReftConfig`, with `reft_` before its name.
-ReftArguments = make_dataclass(
+ReftArguments: Any = make_dataclass(
     "ReftArguments", [argument(f) for f in OWN.values()], namespace={"peft_config": peft_config}
 )
 
@@ -83,7 +83,7 @@ class ReftParser(TrlParser):
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
-        types = [without_lora(kind) if issubclass(kind, ModelConfig) else kind for kind in dataclass_types]
+        types: list[Any] = [without_lora(kind) if issubclass(kind, ModelConfig) else kind for kind in dataclass_types]
         super().__init__([ReftArguments, *types], **{"usage": "%(prog)s [arguments]"} | kwargs)
         self.training = [kind for kind in types if issubclass(kind, TrainingArguments)]
         self.add_argument("--help_all", action=HelpAll, nargs=0, help="show the arguments of the training config, too")
@@ -133,5 +133,5 @@ class HelpAll(argparse.Action):
 
 def without_lora(kind: type) -> type:
     """Return a subclass of TRL's `ModelConfig` for which a parser has no arguments of LoRA."""
-    hidden = [(f.name, f.type, field(default=f.default, init=False)) for f in fields(kind) if LORA.fullmatch(f.name)]  # type: ignore[arg-type]
+    hidden = [(f.name, f.type, field(default=f.default, init=False)) for f in fields(kind) if LORA.fullmatch(f.name)]
     return make_dataclass(kind.__name__, hidden, bases=(kind,))

@@ -64,7 +64,7 @@ def at_end_of_import(name: str) -> None:
 
 def is_watched_until_end(name: str) -> bool:
     """Watch a module if its import has begun and not ended. Return whether it is so."""
-    spec = getattr(sys.modules.get(name), "__dict__", {}).get("__spec__")
+    spec: Any = getattr(sys.modules.get(name), "__dict__", {}).get("__spec__")
     if type(spec) not in (ModuleSpec, WatchedSpec) or not getattr(spec, "_initializing", False):
         return False
     spec.__class__ = WatchedSpec
