@@ -1,7 +1,8 @@
 """ReFT (representation finetuning, https://huggingface.co/papers/2404.03592) as a PEFT method.
 
 Importing the package makes the method known to PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and
-transformers' `load_adapter` take it as they take their own.
+transformers' `load_adapter` take it as they take their own. An installed package is imported together with PEFT
+(`autoload.py`).
 """
 
 from .checkpoints import last_whole_checkpoint

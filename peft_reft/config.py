@@ -1,13 +1,15 @@
 """`ReftConfig`: what to edit, where, and by how much."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.activations import ACT2FN
@@ -43,6 +45,46 @@ VARIANTS = {
 }
 
 
+# What a LoRA config says with another name. Nothing in ReFT corresponds to LoraConfig's other arguments.
+LORA_NAMES = {
+    "lora_r": "r",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "init_lora_weights": "init_weights",
+}
+
+
+def explain_unknown_arguments(config_cls: type["ReftConfig"]) -> type["ReftConfig"]:
+    """Make the error for an unknown argument of a config class say which argument to use instead, if any."""
+    init = config_cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in fields(config_cls) if f.init]
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            # PEFT, which drops arguments of later versions from files, knows the error by these words.
+            raise TypeError(
+                f"{config_cls.__name__} got an unexpected keyword argument {unknown[0]!r}. "
+                + " ".join(hint(name, known) for name in unknown)
+            )
+        init(self, *args, **kwargs)
+
+    config_cls.__init__ = __init__  # type: ignore[method-assign]
+    return config_cls
+
+
+def hint(name: str, known: list[str]) -> str:
+    """Say what to use instead of an unknown argument of a config."""
+    if name in LORA_NAMES:
+        return f"LoRA's {name} corresponds to {LORA_NAMES[name]}."
+    if name in {f.name for f in fields(LoraConfig)}:
+        return f"Nothing in ReFT corresponds to LoRA's {name}: leave it out."
+    close = get_close_matches(name, known, n=1)
+    return f"{name} is unknown: " + (f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}.")
+
+
+@explain_unknown_arguments
 @dataclass
 class ReftConfig(PeftConfig):
     """

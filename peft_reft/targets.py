@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from types import SimpleNamespace
@@ -19,6 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from .call import reads_text
 from .config import ReftConfig
 from .layer import COMPILED, ReftLayer, plain_name, uncompiled
+
+# Layers of attention and MLPs in transformers' models whose output is used within them. LoRA configs name these.
+INNER = re.compile(
+    r"(q|k|v|qkv|query|key|value|query_key|in|gate|up|gate_up|kv)(_a|_b)?(_proj|_lin)?|query_key_value|in_proj_\w+"
+    r"|W?qkv|w[qkv]|c_attn|c_fc|fc1|fc_in|wi(_[01])?|w[13]|dense_h_to_4h|lin1"
+)
 
 
 def is_excluded(config: ReftConfig, key: str) -> bool:
@@ -144,6 +151,8 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, i
                 f"r={r} is above the width of the hidden states that {name!r} puts out: give a rank from 1 to {d}."
             )
         targets[name] = (d, r)
+    if config.target_modules is not None and not config.inference_mode:
+        warn_of_inner_layers(model, names)
     return targets
 
 
@@ -160,7 +169,13 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
         if not matched:
             raise ValueError(
                 f"target_modules={config.target_modules!r}: {target!r} matches no module of {type(model).__name__}. "
-                "Leave them at None to edit the output of every block, or name modules that model.named_modules() "
+                + (
+                    f"A string is a regular expression of complete names; a list, [{target!r}], matches the ends of "
+                    "names. "
+                    if isinstance(config.target_modules, str)
+                    else ""
+                )
+                + "Leave them at None to edit the output of every block, or name modules that model.named_modules() "
                 "lists."
             )
         found |= matched
@@ -181,6 +196,31 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
             f"among layers, but the names that target_modules match have no such part: {', '.join(names[:3])}."
         )
     return choose_layers(config, layers)
+
+
+def warn_of_inner_layers(model: nn.Module, names: list[str]) -> None:
+    """Warn if modules are linear layers whose output is no hidden state of the residual stream."""
+    inner = []
+    for name in names:
+        parts, width = name.split("."), linear_width(model.get_submodule(name))
+        owners = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1))
+        config = next((text_config(owner) for owner in owners if isinstance(owner, PreTrainedModel)), None)
+        is_inner = INNER.fullmatch(parts[-1]) or width != getattr(config, "hidden_size", width)
+        if width is not None and is_inner and (short := ".".join(parts[-2:])) not in inner:
+            inner.append(short)
+    if inner:
+        warnings.warn(
+            f"target_modules: the outputs of {', '.join(inner)} are queries, keys, values or activations inside an "
+            "MLP. ReFT will edit these. It is meant for hidden states: leave target_modules at None for the output of "
+            "every block, or name modules that write to the residual stream, such as ['o_proj', 'down_proj'].",
+            stacklevel=2,
+        )
+
+
+def linear_width(module: nn.Module) -> int | None:
+    """Return the width of a linear layer's output, or None for another module."""
+    width = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features", None)
+    return width if isinstance(width, int) and next(module.children(), None) is None else None
 
 
 def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:

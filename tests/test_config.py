@@ -1,5 +1,8 @@
+import copy
 import dataclasses
+import inspect
 import json
+import pickle
 
 import pytest
 import torch
@@ -106,7 +109,7 @@ def test_activations_that_would_not_be_saved_are_refused(name):
             ReftConfig(act_fn=name)
         return
     model, _ = adapt_model(make_llama(1), act_fn=name, positions="f2")
-    assert {key.rsplit(".", 1)[1] for key, p in model.named_parameters() if p.requires_grad} == {"R", "W", "b"}
+    assert {key.rsplit(".", 1)[1] for key, p in model.named_parameters() if p.requires_grad} == {"_R", "_W", "_b"}
 
 
 def test_activations_that_a_user_registers(monkeypatch):
@@ -131,6 +134,40 @@ def test_activations_are_looked_at_where_they_are_used():
     config.act_fn = "prelu"
     with pytest.raises(ValueError, match="act_fn='prelu' has parameters"):
         get_peft_model(make_llama(1), config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(lora_alpha=16),
+            "lora_alpha'. Nothing in ReFT corresponds to LoRA's lora_alpha: leave it out.",
+        ),
+        (dict(use_rslora=True), "Nothing in ReFT corresponds to LoRA's use_rslora"),
+        (dict(bias="none"), "Nothing in ReFT corresponds to LoRA's bias"),
+        (dict(lora_dropout=0.1), "LoRA's lora_dropout corresponds to dropout"),
+        (
+            dict(lora_alpha=16, lora_dropout=0.1),
+            "lora_alpha: leave it out. LoRA's lora_dropout corresponds to dropout",
+        ),
+        (dict(position="l1"), "position is unknown: did you mean positions?"),
+        (dict(xyz=1), "xyz is unknown: choose from .*, intervention, r, rank_pattern, positions"),
+    ],
+)
+def test_unknown_arguments(options, message):
+    with pytest.raises(TypeError, match="ReftConfig got an unexpected keyword argument '.*" + message):
+        ReftConfig(r=8, **options)
+
+
+def test_it_is_a_dataclass():
+    """The error for unknown arguments takes nothing away: signature, repr, replace, pickle, equality."""
+    config = ReftConfig(**VALUES)
+    names = [field.name for field in dataclasses.fields(ReftConfig)]
+    assert list(inspect.signature(ReftConfig).parameters) == names and "r=3" in repr(config)
+    assert dataclasses.replace(config, r=4) == ReftConfig(**VALUES | {"r": 4}) != config
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    with pytest.raises(TypeError, match="positional"):
+        ReftConfig(*[None] * 99)
 
 
 def test_sets_and_ranges_become_lists():

@@ -36,7 +36,7 @@ def test_first_snippet(folder, chats):
     assert 'load_dataset("trl-lib/Capybara", split="train")' in code
     code = code.replace('load_dataset("trl-lib/Capybara", split="train")', "data")
     assert "assistant_only_loss=True" in code, "without it, conversations do not say where prompts end"
-    options = "assistant_only_loss=True, max_steps=2, use_cpu=True, bf16=False, report_to='none'"
+    options = "assistant_only_loss=True, max_steps=2, report_to='none'"  # on the device that there is
     exec(code.replace("assistant_only_loss=True", options), {"data": chats})
     assert (folder / "Qwen3-0.6B-ReFT" / "adapter_model.safetensors").exists()
 
