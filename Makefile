@@ -41,7 +41,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # .installed-demo, .installed-test, .installed-dev: an extra is installed again only when what it depends on has changed.
-$(VENV)/.installed-%: pyproject.toml .ci/constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml .ci/constraints.txt peft_reft/autoload.py | $(BIN)/python
 	@echo "installing peft_reft[$*] into $(VENV) (minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[$*]"
 	@touch $@

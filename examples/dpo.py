@@ -14,46 +14,15 @@ The reference is the model without the adapter, so it takes no memory of its own
 once, before training.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, get_quantization_config
 
-from peft_reft import ReftConfig, last_whole_checkpoint
+from peft_reft import last_whole_checkpoint
+from peft_reft.arguments import ReftParser
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass
-class ReftArguments:
-    """What to edit, and where. The same fields as ReftConfig's, with `reft_` before them."""
-
-    reft_intervention: str = field(
-        default="loreft", metadata={"help": "loreft, noreft, direft, direft_orthogonal, consreft or lobireft."}
-    )
-    reft_r: int = field(default=8, metadata={"help": "Rank of each edit."})
-    reft_positions: str = field(
-        default="f7+l7", metadata={"help": "Tokens to edit: such as f7+l7, f1, l3, prompt or all."}
-    )
-    reft_share_weights: bool = field(
-        default=False, metadata={"help": "Use one edit for the first and the last tokens, instead of one for each."}
-    )
-    reft_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks to edit, negative ones from the end; all by default."}
-    )
-    reft_dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited hidden states."})
-
-    def peft_config(self):
-        return ReftConfig(
-            task_type="CAUSAL_LM",
-            intervention=self.reft_intervention,
-            r=self.reft_r,
-            positions=self.reft_positions,
-            share_weights=self.reft_share_weights,
-            layers_to_transform=self.reft_layers,
-            dropout=self.reft_dropout,
-        )
 
 
 def load_data(script_args):
@@ -67,7 +36,7 @@ def load_data(script_args):
     )
 
 
-def main(script_args, training_args, model_args, reft_args):
+def main(reft_args, script_args, training_args, model_args):
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -84,7 +53,7 @@ def main(script_args, training_args, model_args, reft_args):
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_args),
-        peft_config=reft_args.peft_config(),
+        peft_config=reft_args.peft_config(task_type="CAUSAL_LM"),
     )
     trainer.model.print_trainable_parameters()
     checkpoint = training_args.resume_from_checkpoint
@@ -102,5 +71,5 @@ def main(script_args, training_args, model_args, reft_args):
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig, ReftArguments))
+    parser = ReftParser((ScriptArguments, DPOConfig, ModelConfig))
     main(*parser.parse_args_and_config(fail_with_unknown_args=True))

@@ -15,7 +15,7 @@ The base model in 4 bits, and a local file (.json, .jsonl, .csv or .parquet):
     python examples/sft.py \\
         --model_name_or_path meta-llama/Llama-3.2-1B --load_in_4bit --dtype bfloat16 \\
         --dataset_name examples/demo/instructions.jsonl \\
-        --reft_r 4 --reft_positions f5+l5 --reft_share_weights --reft_layers 3 6 9 12 \\
+        --reft_r 4 --reft_positions f5+l5 --reft_share_weights --reft_layers_to_transform 3 6 9 12 \\
         --learning_rate 4e-3 --max_steps 40 --output_dir Llama-3.2-1B-captain
 
 An interrupted run goes on from its last whole checkpoint with `--resume_from_checkpoint true` added to its command (or
@@ -24,46 +24,15 @@ from the beginning if it has none), and from another one with the path of that.
 The data must say where each prompt ends: prompt-completion pairs, or conversations with `--assistant_only_loss`.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, get_quantization_config
 
-from peft_reft import ReftConfig, last_whole_checkpoint
+from peft_reft import last_whole_checkpoint
+from peft_reft.arguments import ReftParser
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass
-class ReftArguments:
-    """What to edit, and where. The same fields as ReftConfig's, with `reft_` before them."""
-
-    reft_intervention: str = field(
-        default="loreft", metadata={"help": "loreft, noreft, direft, direft_orthogonal, consreft or lobireft."}
-    )
-    reft_r: int = field(default=8, metadata={"help": "Rank of each edit."})
-    reft_positions: str = field(
-        default="f7+l7", metadata={"help": "Tokens to edit: such as f7+l7, f1, l3, prompt or all."}
-    )
-    reft_share_weights: bool = field(
-        default=False, metadata={"help": "Use one edit for the first and the last tokens, instead of one for each."}
-    )
-    reft_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the blocks to edit, negative ones from the end; all by default."}
-    )
-    reft_dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited hidden states."})
-
-    def peft_config(self):
-        return ReftConfig(
-            task_type="CAUSAL_LM",
-            intervention=self.reft_intervention,
-            r=self.reft_r,
-            positions=self.reft_positions,
-            share_weights=self.reft_share_weights,
-            layers_to_transform=self.reft_layers,
-            dropout=self.reft_dropout,
-        )
 
 
 def load_data(script_args):
@@ -77,7 +46,7 @@ def load_data(script_args):
     )
 
 
-def main(script_args, training_args, model_args, reft_args):
+def main(reft_args, script_args, training_args, model_args):
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -94,7 +63,7 @@ def main(script_args, training_args, model_args, reft_args):
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=reft_args.peft_config(),
+        peft_config=reft_args.peft_config(task_type="CAUSAL_LM"),
     )
     trainer.model.print_trainable_parameters()
     checkpoint = training_args.resume_from_checkpoint
@@ -114,5 +83,5 @@ def main(script_args, training_args, model_args, reft_args):
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, ReftArguments))
+    parser = ReftParser((ScriptArguments, SFTConfig, ModelConfig))
     main(*parser.parse_args_and_config(fail_with_unknown_args=True))

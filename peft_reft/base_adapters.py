@@ -1,7 +1,7 @@
 """Adapters of another method, such as LoRA, in the base model of a ReFT adapter.
 
 The base model of a `PeftModel` with ReFT may be a `PeftModel` itself. ReFT then adapts the model within it. All names
-are those of a model with one adapter, and the files of both adapters are those that PEFT writes for each.
+are those of a model with one adapter, and the files of both adapters are those that PEFT writes for each of them.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -38,7 +38,7 @@ def split_base(model: nn.Module) -> tuple[nn.Module, PeftModel | None]:
     if not isinstance(model, PeftModel):
         return model, None
     tuner, configs = model.base_model, model.peft_config.values()
-    kinds = ", ".join(sorted({config.peft_type.value for config in configs}))
+    kinds = ", ".join(sorted(map(method_of, configs)))
     if any(config.peft_type == REFT for config in configs):
         raise ValueError(
             "The model has ReFT adapters already. Add another one with model.add_adapter(name, config), load one with "
@@ -53,24 +53,27 @@ def split_base(model: nn.Module) -> tuple[nn.Module, PeftModel | None]:
         )
     if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
         raise ValueError(
-            "ReFT cannot be put on an activated LoRA (alora_invocation_tokens), which it would switch off."
+            "ReFT cannot be put on an activated LoRA (alora_invocation_tokens), which it would switch off. Use a LoRA "
+            "without invocation tokens."
         )
     return within, model
 
 
 def check_saved_modules(base: nn.Module, below: PeftModel, config: ReftConfig, adapter_name: str) -> None:
     """Raise a ValueError if an adapter of the base model and a ReFT adapter would train or save the same modules."""
-    wrappers = {name: module for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    names, method = set(below.peft_config), method_of(next(iter(below.peft_config.values())))
+    modules = [(key, module) for key, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrappers = [key for key, module in modules if module._get_available_adapters() & names]
     tokens = config.trainable_token_indices
     own = set(config.modules_to_save or ()) | set(tokens if isinstance(tokens, dict) else ())
-    twice = sorted(name for name in wrappers if any(name.endswith(suffix) for suffix in own))
-    if twice or (tokens and any(c.trainable_token_indices for c in below.peft_config.values() if has_tokens(c))):
+    twice = sorted(key for key in wrappers if any(key.endswith(suffix) for suffix in own))
+    if twice or (tokens and any(map(has_tokens, below.peft_config.values()))):
         raise ValueError(
-            f"The base model's {kind_of_adapters(below)} adapter trains and saves {', '.join(twice) or 'tokens'} "
-            "already, so the ReFT adapter cannot. Leave modules_to_save and trainable_token_indices out of the "
+            f"The base model's {method} adapter trains and saves {', '.join(twice) or 'tokens'} already, so the ReFT "
+            "adapter cannot. Leave modules_to_save and trainable_token_indices out of the "
             "ReftConfig, and the task_type, too, where that adds a head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)."
         )
-    if adapter_name in below.peft_config and (wrappers or own or tokens):
+    if adapter_name in names and (wrappers or own or tokens):
         raise ValueError(
             f"Both adapters are called {adapter_name!r}, and one trains modules beside itself, which PEFT then saves "
             f"with both. Give the ReFT adapter another name, for example adapter_name='edits'."
@@ -78,12 +81,13 @@ def check_saved_modules(base: nn.Module, below: PeftModel, config: ReftConfig, a
 
 
 def has_tokens(config: PeftConfig) -> bool:
+    """Whether an adapter trains embeddings of tokens."""
     return bool(getattr(config, "trainable_token_indices", None))
 
 
-def kind_of_adapters(below: PeftModel) -> str:
-    """What PEFT calls the method of the base model's adapters."""
-    return next(iter(below.peft_config.values())).peft_type.value
+def method_of(config: PeftConfig) -> str:
+    """What PEFT calls the method of an adapter."""
+    return PeftType(config.peft_type).value
 
 
 def base_peft_model(model: Any) -> PeftModel | None:
@@ -93,7 +97,7 @@ def base_peft_model(model: Any) -> PeftModel | None:
 
 def folder_name(config: PeftConfig, adapter_name: str) -> str:
     """The subfolder for an adapter of the base model: one that is no ReFT adapter's name, as those have theirs."""
-    return f"{config.peft_type.value.lower()}-{adapter_name}"
+    return f"{method_of(config).lower()}-{adapter_name}"
 
 
 def active_base_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
@@ -186,7 +190,7 @@ def save_base_adapters(model: PeftModel, folder: Any, *args: Any, **kwargs: Any)
             below, options.get("state_dict"), name, save_embedding_layers=False
         ):
             raise ValueError(
-                f"PEFT finds no tensors of the {config.peft_type.value} adapter {name!r} in this state dict, perhaps "
+                f"PEFT finds no tensors of the {method_of(config)} adapter {name!r} in this state dict, perhaps "
                 "because FSDP1 has wrapped its modules. Use FSDP2, or save it before it is wrapped."
             )
         target = Path(folder) / folder_name(config, name)
@@ -203,9 +207,14 @@ def saved_base_adapters(model: PeftModel) -> dict[str, str]:
     return {} if below is None else {folder_name(config, name): name for name, config in below.peft_config.items()}
 
 
+def load_base_adapter(model: PeftModel, folder: Any, subfolder: str, *args: Any, **options: Any) -> Any:
+    """Put saved weights into an adapter of the base model, in the dtype that it has: TRL may have chosen another."""
+    below: Any = base_peft_model(model)
+    name, options = saved_base_adapters(model)[subfolder], {"autocast_adapter_dtype": False} | options
+    return below.load_adapter(folder, name, *args, **options)
+
+
 def load_base_adapters(model: PeftModel, folder: str | Path) -> None:
-    """Put saved weights into the adapters that the base model has."""
-    below = base_peft_model(model)
-    if below is not None:
-        for subfolder, name in saved_base_adapters(model).items():
-            below.load_adapter(str(Path(folder) / subfolder), name)
+    """Put saved weights into all adapters of the base model."""
+    for subfolder in saved_base_adapters(model):
+        load_base_adapter(model, str(Path(folder) / subfolder), subfolder)

@@ -1,6 +1,7 @@
 """One call of a model: what it is given, and where its prompts are."""
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,13 +9,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .continuous_batching import Requests
-from .generation import CACHES, STATES, Family, Generation, given_tokens, tokens_before
+from .generation import (
+    CACHES,
+    STATES,
+    Family,
+    Generation,
+    find_cache,
+    given_shape,
+    given_tokens,
+    padding_id,
+    tokens_before,
+)
 from .mixed_batch import MixedBatch
-from .per_thread import PerThread
 from .positions import AnyPositions, Spans
-from .spans import IGNORED_LABEL, before_labels, check, given_lengths, sequence_ids, valid_tokens, whole_sequences
+from .spans import (
+    IGNORED_LABEL,
+    before_labels,
+    check,
+    given_lengths,
+    sequence_ids,
+    valid_tokens,
+    whole_sequences,
+    without_padding,
+)
 
 SIGNAL = "signal"  # what a model of images or sound is given, whatever its forward calls it
 SIGNAL_MASKS = ("attention_mask", "patch_attention_mask", "pixel_attention_mask")
@@ -37,7 +57,20 @@ TELLING = (
 
 USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
 
-_labelled = PerThread()  # the ids and the model of the last call with labels
+_labelled: "weakref.WeakKeyDictionary[Family, WeakIdKeyDictionary]" = weakref.WeakKeyDictionary()  # ids as keys
+_warned: "weakref.WeakSet[Family]" = weakref.WeakSet()  # of a whole input that was taken for the prompt
+
+
+def note_labels(family: Family, input_ids: Any) -> None:
+    """Keep in mind, for as long as they live, that ids came with labels, which say where their prompts end."""
+    if isinstance(input_ids, torch.Tensor) and not torch.compiler.is_compiling():
+        _labelled.setdefault(family, WeakIdKeyDictionary())[input_ids] = True
+
+
+def had_labels(family: Family, input_ids: Any) -> bool:
+    """Whether these very ids came with labels before."""
+    is_known = isinstance(input_ids, torch.Tensor) and not torch.compiler.is_compiling()
+    return is_known and input_ids in _labelled.get(family, ())
 
 
 @dataclass(frozen=True)
@@ -174,6 +207,12 @@ class Call:
             # Layers that write no cache may be given only the tokens whose logits are asked for (Gemma 4).
             spans = self.prompts(positions, batch, given, device)
             return None if spans is None else _after(spans, given - tokens)
+        if (shape := given_shape(arguments)) is not None and len(shape) > 2 and shape[:2] != (batch, tokens):
+            raise ValueError(
+                f"{type(self.owner).__name__} was given input of shape {list(shape)}, several sequences a row, which "
+                f"it lays out anew as {batch} rows of {tokens} tokens. ReFT does not follow that. Give it one "
+                "sequence a row, [batch, tokens]."
+            )
         if given is not None and given != tokens:
             raise ValueError(
                 f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "
@@ -199,13 +238,14 @@ class Call:
             # what the cache holds is no answer
             labels = torch.nn.functional.pad(labels, (past, 0), value=IGNORED_LABEL)
             spans = before_labels(valid, sequences, labels, positions, packed)
-            self._note_labels()
+            note_labels(self.role.family, arguments.get("input_ids"))
         else:
             if positions.need_end and self.continues:
                 if self.training:
                     raise ValueError(self._no_end(positions))
-                if self.role.kind == "causal" and self._had_labels():
+                if had_labels(self.role.family, arguments.get("input_ids")):
                     raise ValueError(self._labels_withheld(positions))
+                self._warn_of_guess(positions, tokens)
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
 
@@ -241,11 +281,26 @@ class Call:
         return whole_sequences(self._valid(mask, 0, batch, tokens, device))
 
     def _valid(self, mask: Any, past: int, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """Which tokens are no padding [batch, past + tokens]; all, where no mask tells."""
+        """Which tokens are no padding [batch, past + tokens]; all, where neither a mask nor the ids tell."""
         valid = valid_tokens(mask, past, tokens, self.continues)
+        if valid is None and not past:
+            valid = self._valid_by_ids(batch, tokens)
         if valid is None:
             valid = torch.ones(batch, past + tokens, dtype=torch.bool, device=device)
         return valid.to(device).expand(batch, -1)
+
+    def _valid_by_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
+        """Which tokens are no padding [batch, tokens], by the padding token that the model's config names.
+
+        None where it names none, or one that rows can begin or end with; a decoder may begin with its padding token.
+        """
+        ids, config = self.arguments.get("input_ids"), getattr(self.owner, "config", None)
+        if self.role.kind not in ("causal", "whole") or ids is None or tuple(ids.shape) != (batch, tokens):
+            return None
+        sources = (getattr(self.owner, "generation_config", None), config, getattr(config, "text_config", None))
+        names = ("pad_token_id", "eos_token_id", "bos_token_id")
+        pad = padding_id([{name: getattr(source, name, None) for name in names} for source in sources], names[1:])
+        return None if pad is None else without_padding(ids, pad)
 
     def _no_end(self, positions: AnyPositions) -> str:
         message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
@@ -262,26 +317,29 @@ class Call:
             f"{USE_COLLATOR}. Without training (model.eval()) the whole input is taken for the prompt."
         )
 
-    def _note_labels(self) -> None:
-        """Keep in mind, outside of training, which ids came with labels in this thread's last such call."""
-        ids = self.arguments.get("input_ids")
-        if ids is not None and not self.training and not torch.compiler.is_compiling():
-            _labelled.value = (weakref.ref(ids), self.role.family)
-
-    def _had_labels(self) -> bool:
-        """Whether these very ids came with labels in the last call of this model that had any."""
-        if torch.compiler.is_compiling():
-            return False
-        ids, family = _labelled.value or (lambda: None, None)
-        return ids() is not None and ids() is self.arguments.get("input_ids") and family is self.role.family
-
     def _labels_withheld(self, positions: AnyPositions) -> str:
         return (
-            "The model was given the same input_ids twice, with labels and then without, but "
+            "The input_ids came with labels, and the model is given them without, but "
             f"positions='{positions.text}' need to know where each prompt ends: without labels the answers would be "
             "taken for a part of it. Read the logits off the call with labels, or pass `prompt_lengths` to both. With "
-            "a trainer that does so for compute_metrics, have the data collator add the lengths: "
-            f"{USE_COLLATOR}."
+            "a trainer that keeps the labels (label smoothing, compute_loss_func, compute_metrics), have the data "
+            f"collator add the lengths: {USE_COLLATOR}."
+        )
+
+    def _warn_of_guess(self, positions: AnyPositions, tokens: int) -> None:
+        """Warn, once for each model, that a whole input is taken for the prompt, which may hold an answer."""
+        if torch.compiler.is_compiling() or tokens == 1 or self.role.family in _warned:
+            return
+        if find_cache(self.arguments) is not None or any(name in self.arguments for name in STATES):
+            return
+        _warned.add(self.role.family)
+        warnings.warn(
+            f"The model was called in eval mode with several tokens, without labels and prompt_lengths. positions="
+            f"'{positions.text}' take the whole input for the prompt, which is wrong if it holds an answer (to score "
+            "it, or where each token is decoded by a call over all tokens). Pass `prompt_lengths`, a LongTensor "
+            "[batch] with the number of tokens in each prompt, padding not counted, or call what you cannot change "
+            "within `with peft_reft.prompt_lengths(model, lengths):`. Once for each model.",
+            stacklevel=2,
         )
 
 

@@ -4,19 +4,22 @@ A process that is killed while transformers' `Trainer` writes a checkpoint leave
 from the highest number, whole or not: it fails, or goes on without the optimizer's state and says nothing.
 """
 
+import io
 import json
-import pickle
+import os
 import re
 import warnings
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from torch.distributed.checkpoint import FileSystemReader
+
+from .inert_pickle import MAX_BYTES, Inert, read_inert
 
 STATE = "trainer_state.json"  # written last by the main process
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # is there while transformers writes a just-in-time checkpoint
@@ -32,7 +35,8 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint in a folder from which training goes on as if nothing had interrupted it.
 
     Newer ones that are not whole are left out, with a warning that says why. Files are compared with their own tables
-    of contents; their data are not read. Among several processes, all call it, and all get what the first finds.
+    of contents; their data are not read, and no code in them is run. Among several processes, all call it, and all
+    get what the first finds.
 
     Args:
         folder (`str` or `Path`): `output_dir` of a transformers `Trainer`, which holds folders `checkpoint-<step>`.
@@ -60,7 +64,7 @@ def find_last(folder: str | Path) -> str | None:
         try:
             defect = next(defects(path, step), None)
         except Exception as error:  # every format's reader has errors of its own, and another run may take files away
-            defect = f"it cannot be read ({error!r})"
+            defect = f"it cannot be read ({error!r:.300})"
         if defect is None:
             return str(path)
         warnings.warn(f"{path} is not whole and is left out: {defect}.", stacklevel=3)
@@ -75,11 +79,11 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
         try:
             check_contents(path)
         except Exception as error:
-            yield f"{path.relative_to(checkpoint)} cannot be read ({error})"
+            yield f"{path.relative_to(checkpoint)} cannot be read ({error!s:.300})"
     state = checkpoint / STATE
     if not state.exists():
         yield f"{STATE} is missing"
-    if json.loads(state.read_text())["global_step"] != step:
+    if json.loads(read_bounded(state))["global_step"] != step:
         yield f"{STATE} is of another step"
 
     weights = [path for path in checkpoint.rglob("*") if re.fullmatch(WEIGHTS, path.name)]
@@ -96,10 +100,12 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
     arguments = checkpoint / "training_args.bin"
     shards = [re.fullmatch(r"__(\d+)_.*\.distcp", path.name) for path in checkpoint.rglob("*.distcp")]
     if arguments.exists():
-        attributes = saved_attributes(arguments)
-        if attributes.get("save_only_model"):
+        saved = saved_arguments(arguments)
+        if saved.attribute("save_only_model") is True:
             return
-        processes = attributes["distributed_state"].num_processes
+        processes = saved.attribute("distributed_state").attribute("num_processes")
+        if not isinstance(processes, int):
+            yield "training_args.bin does not have the number of processes"
     elif shards:  # beside weights that FSDP has sharded there may be none
         processes = max(int(match[1]) for match in shards if match) + 1
     else:
@@ -121,10 +127,10 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
 def defects_of_deepspeed(checkpoint: Path, processes: int) -> Iterator[str]:
     """What is wrong with the part of a checkpoint that DeepSpeed writes: a folder, and a file that names it."""
     latest = checkpoint / "latest"
-    name = latest.read_text() if latest.exists() else ""
+    name = read_bounded(latest).decode() if latest.exists() else ""
     folder = checkpoint / name
-    if not name or not folder.is_dir():
-        yield f"latest is missing, or the folder that it names ({name!r})"
+    if Path(name).name != name or not name or not folder.is_dir():
+        yield f"latest is missing, or the folder that it names ({name!r:.300})"
         return
     if not has_all_ranks(folder, r".*zero_pp_rank_(\d+)_.*optim_states\.pt", processes):
         yield "the optimizer's state of a process is missing"
@@ -137,26 +143,39 @@ def has_all_ranks(folder: Path, pattern: str, processes: int) -> bool:
     """Whether a folder has a file of each process."""
     matches = (re.fullmatch(pattern, path.name) for path in folder.iterdir())
     ranks = {int(match[1]) for match in matches if match}
-    return ranks >= set(range(processes))
+    return all(rank in ranks for rank in range(processes))  # which stops at the first, however many are asked for
 
 
 def check_contents(path: Path) -> None:
     """Raise an error if a file, or a folder that FSDP writes, does not hold what its own table of contents lists."""
     if path.is_dir():
         if re.fullmatch(SHARDS, path.name):
-            for part in FileSystemReader(path).read_metadata().storage_data.values():
-                if (path / part.relative_path).stat().st_size < part.offset + part.length:
-                    raise ValueError(f"{part.relative_path} is too short")
+            check_parts(path)
     elif re.fullmatch(JSON, path.name):
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(read_bounded(path))
         if path.name.endswith(".index.json") and "weight_map" in contents:
-            for file in set(contents["weight_map"].values()):
-                check_shard(path.with_name(file), {key for key, f in contents["weight_map"].items() if f == file})
+            keys: dict[str, set[str]] = defaultdict(set)
+            for key, file in contents["weight_map"].items():
+                keys[file].add(key)
+            for file, own in keys.items():
+                check_shard(path.with_name(file), own)
     elif path.suffix == ".safetensors":
-        with safe_open(path, framework="pt"):
-            pass
+        check_shard(path, set())
     elif re.fullmatch(BY_TORCH, path.name):
-        zipfile.ZipFile(path).close()
+        with open_archive(path):
+            pass
+
+
+def check_parts(folder: Path) -> None:
+    """Raise an error if a file of a folder that FSDP writes does not have all parts that the folder's table lists."""
+    metadata = read_inert(read_bounded(folder / ".metadata"))
+    ends: dict[str, int] = defaultdict(int)
+    for _, part in metadata.attribute("storage_data").pairs():
+        file = part.attribute("relative_path")
+        ends[file] = max(ends[file], part.attribute("offset") + part.attribute("length"))
+    for file, end in ends.items():
+        if Path(file).name != file or (folder / file).stat().st_size < end:
+            raise ValueError(f"{file} is too short")
 
 
 def check_shard(path: Path, keys: set[str]) -> None:
@@ -164,40 +183,47 @@ def check_shard(path: Path, keys: set[str]) -> None:
     if path.suffix != ".safetensors":
         path.stat()
         return
+    with BoundedFile(path) as file:
+        if int.from_bytes(file.read(8), "little") > MAX_BYTES:
+            raise ValueError(f"the header of {path.name} is longer than {MAX_BYTES} bytes")
     with safe_open(path, framework="pt") as shard:
         if missing := keys - set(shard.keys()):
             raise ValueError(f"{path.name} does not have {min(missing)}")
 
 
-class Inert(dict):
-    """Stands for any class that a pickle names: keeps attributes and items, and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            vars(self).update(state)
-
-    def append(self, item: Any) -> None:
-        pass
-
-    extend = add = append
+def saved_arguments(file: Path) -> Inert:
+    """The object that `torch.save` has written."""
+    with open_archive(file) as archive:
+        (member,) = (member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_BYTES:
+            raise ValueError("its pickle is compressed, or too large")
+        return read_inert(archive.read(member))
 
 
-class InertUnpickler(pickle.Unpickler):
-    """Reads a pickle without running any code that it names."""
+class BoundedFile(io.FileIO):
+    """A file of which no more than `MAX_BYTES` is read at once."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        return Inert
+    def __init__(self, path: Path):
+        if not path.is_file():  # to read from a pipe or a device may never end
+            raise ValueError(f"{path.name} is not there, or is no file")
+        super().__init__(path)
 
-    def persistent_load(self, pid: Any) -> None:
-        return None
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        size = left if size is None or size < 0 else min(size, left)
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes are to be read at once, more than {MAX_BYTES}")
+        return super().read(size) or b""
 
 
-def saved_attributes(file: Path) -> dict[str, Any]:
-    """The attributes of an object that `torch.save` has written, of which plain values are as they were."""
-    with zipfile.ZipFile(file) as archive:
-        (member,) = (member for member in archive.namelist() if member.endswith("/data.pkl"))
-        with archive.open(member) as stream:
-            return vars(InertUnpickler(stream).load())
+def read_bounded(path: Path) -> bytes:
+    """What a file holds."""
+    with BoundedFile(path) as file:
+        return file.read()
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip file, which fails where its table of contents is damaged."""
+    with BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
+        yield archive

@@ -1,6 +1,7 @@
-"""A data collator that tells where prompts end, for losses that are computed outside of the model."""
+"""Data collators that tell where prompts end."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +12,19 @@ from .spans import IGNORED_LABEL, answer_starts, ranks, sequence_ids
 
 @dataclass
 class DataCollatorWithPromptLengths:
-    """Adds `prompt_lengths` to the batches of another data collator.
+    """Adds `prompt_lengths` to the batches of another data collator, or raises an error.
 
-    The model reads off the labels where prompts end. A trainer that keeps the labels for a loss or a metric of its own
-    (`compute_loss_func`, label smoothing, `compute_metrics`) calls the model without them; the lengths stay in the
-    batch:
+    Trainers of transformers and TRL add them by themselves, to batches where one length a row can say where prompts
+    end. This one is for loops of your own, and for a trainer that shall refuse all other batches:
 
     ```py
-    >>> trainer = SFTTrainer(..., args=SFTConfig(label_smoothing_factor=0.1), peft_config=ReftConfig(...))
-    >>> trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
-    >>> trainer.train()
+    >>> loader = DataLoader(dataset, batch_size=8, collate_fn=DataCollatorWithPromptLengths(collator))
     ```
 
     Args:
         collator (`Callable`): the data collator, whose batches have `labels` (-100 on the prompt), or a
-            `completion_mask` (0 on the prompt) as those of TRL's preference trainers.
+            `completion_mask` (0 on the prompt) as those of TRL's preference trainers. They need an `attention_mask` if
+            rows begin with padding.
     """
 
     collator: Callable[..., MutableMapping[str, Any]]
@@ -34,6 +33,35 @@ class DataCollatorWithPromptLengths:
         """The batch of the wrapped collator, with `prompt_lengths` (`torch.LongTensor` [batch])."""
         batch = self.collator(features, *args, **kwargs)
         batch["prompt_lengths"] = find_prompt_lengths(batch)
+        return batch
+
+
+@dataclass
+class PromptLengthsAdder:
+    """Adds `prompt_lengths` to the batches of a trainer's data collator where it can, and leaves the others alone.
+
+    Args:
+        collator (`Callable`): the data collator.
+        is_finding (`bool`): whether lengths are read off labels and completion masks. Those that the data set has as a
+            column of its own stay in the batch in any case.
+    """
+
+    collator: Callable[..., Any]
+    is_finding: bool = True
+
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+        """The batch of the wrapped collator, perhaps with `prompt_lengths` (`torch.LongTensor` [batch])."""
+        rows = [row for row in features if isinstance(row, Mapping)] if isinstance(features, list) else []
+        given = [row["prompt_lengths"] for row in rows if "prompt_lengths" in row]  # which the collator may take away
+        batch = self.collator(features, *args, **kwargs)
+        if not isinstance(batch, MutableMapping) or "prompt_lengths" in batch:
+            return batch
+        ids = batch.get("input_ids")
+        if given and isinstance(ids, torch.Tensor) and len(given) == len(ids):
+            batch["prompt_lengths"] = torch.as_tensor(given)
+        elif self.is_finding and batch.get("attention_mask") is not None:  # or padding might be taken for a prompt
+            with suppress(ValueError):  # the labels tell, as far as anything does
+                batch["prompt_lengths"] = find_prompt_lengths(batch)
         return batch
 
 
@@ -46,16 +74,18 @@ def find_prompt_lengths(batch: MutableMapping[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: if one length a row cannot say where the prompts are.
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if labels is None and batch.get("completion_mask") is not None:
-        labels = batch["completion_mask"].masked_fill(batch["completion_mask"] == 0, IGNORED_LABEL)
-    if ids is None or labels is None or labels.shape != ids.shape:
+    ids, labels, mask = batch.get("input_ids"), batch.get("labels"), batch.get("attention_mask")
+    completion_mask = batch.get("completion_mask")
+    if labels is None and isinstance(completion_mask, torch.Tensor):
+        labels = completion_mask.masked_fill(completion_mask == 0, IGNORED_LABEL)
+    given = [ids, labels] if mask is None else [ids, labels, mask]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.shape == given[0].shape for tensor in given):
         shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
         raise ValueError(
             f"The data collator gave {shapes}, from which prompt_lengths cannot be told: it must give input_ids and, "
-            "of the same shape, labels with -100 on the prompt or a completion_mask with 0 on it."
+            "of the same shape, labels with -100 on the prompt or a completion_mask with 0 on it, and no other "
+            "attention_mask."
         )
-    mask = batch.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     sequences = sequence_ids(batch, valid)
     if sequences is not None and (sequences != sequences[:, :1])[valid].any():

@@ -1,12 +1,17 @@
 """`ReftConfig`: what to edit, where, and by how much."""
 
+import functools
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
-from peft import PeftConfig
+import torch
+from peft import LoraConfig, PeftConfig
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
 from transformers.activations import ACT2FN
 
 from .card import describe_use
@@ -52,6 +57,46 @@ def standardized_form(variant: Variant, act_fn: str | None) -> Variant | None:
     return variant if variant.linear and not variant.orthonormal else None
 
 
+# What a LoRA config says with another name. Nothing in ReFT corresponds to LoraConfig's other arguments.
+LORA_NAMES = {
+    "lora_r": "r",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "init_lora_weights": "init_weights",
+}
+
+
+def explain_unknown_arguments(config_cls: type["ReftConfig"]) -> type["ReftConfig"]:
+    """Make the error for an unknown argument of a config class say which argument to use instead, if any."""
+    init = config_cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in fields(config_cls) if f.init]
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            # PEFT, which drops arguments of later versions from files, knows the error by these words.
+            raise TypeError(
+                f"{config_cls.__name__} got an unexpected keyword argument {unknown[0]!r}. "
+                + " ".join(hint(name, known) for name in unknown)
+            )
+        init(self, *args, **kwargs)
+
+    config_cls.__init__ = __init__  # type: ignore[method-assign]
+    return config_cls
+
+
+def hint(name: str, known: list[str]) -> str:
+    """Say what to use instead of an unknown argument of a config."""
+    if name in LORA_NAMES:
+        return f"LoRA's {name} corresponds to {LORA_NAMES[name]}."
+    if name in {f.name for f in fields(LoraConfig)}:
+        return f"Nothing in ReFT corresponds to LoRA's {name}: leave it out."
+    close = get_close_matches(name, known, n=1)
+    return f"{name} is unknown: " + (f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}.")
+
+
+@explain_unknown_arguments
 @dataclass
 class ReftConfig(PeftConfig):
     """
@@ -86,7 +131,8 @@ class ReftConfig(PeftConfig):
         dropout (`float`):
             Dropout on the edited hidden states.
         act_fn (`str`, *optional*):
-            Activation of the edit's source, a name from `transformers.activations.ACT2FN`. None for the identity.
+            Activation of the edit's source, a name from `transformers.activations.ACT2FN`: one without parameters.
+            None for the identity.
         init_weights (`bool` or `str`):
             True (default) for an edit that is zero at the start where the intervention allows it. `"reference"` for
             the draws of the paper's code. False for a random edit, to test with.
@@ -148,7 +194,10 @@ class ReftConfig(PeftConfig):
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edited hidden states."})
     act_fn: str | None = field(
         default=None,
-        metadata={"help": "Activation of the edit's source, a name from transformers' ACT2FN. None: the identity."},
+        metadata={
+            "help": "Activation of the edit's source, a name from transformers' ACT2FN: one without parameters. None: "
+            "the identity."
+        },
     )
     init_weights: bool | str = field(
         default=True,
@@ -199,11 +248,7 @@ class ReftConfig(PeftConfig):
             raise ValueError(f"dropout={self.dropout!r} is not a probability: give a number from 0 up to, but not, 1.")
         if not isinstance(self.share_weights, bool):
             raise ValueError(f"share_weights={self.share_weights!r} is neither True nor False.")
-        if self.act_fn is not None and (not isinstance(self.act_fn, str) or self.act_fn not in ACT2FN):
-            raise ValueError(
-                f"act_fn={self.act_fn!r} is unknown. Choose a name from transformers.activations.ACT2FN "
-                f"({', '.join(sorted(ACT2FN))}), or None for the identity."
-            )
+        find_activation(self.act_fn)
         if not isinstance(self.init_weights, bool) and self.init_weights != "reference":
             raise ValueError(f"init_weights={self.init_weights!r} is unknown. Choose True, 'reference' or False.")
         if self.standardize is None:
@@ -259,6 +304,29 @@ class ReftConfig(PeftConfig):
         """Save as PEFT does; a model card that lies in the folder is told how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         describe_use(save_directory, self)
+
+
+def find_activation(name: str | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The activation of a name, None for the identity.
+
+    Raises:
+        ValueError: if transformers has none of that name, or it holds tensors, which no adapter has a place for.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in ACT2FN:
+        raise ValueError(
+            f"act_fn={name!r} is unknown. Choose a name from transformers.activations.ACT2FN "
+            f"({', '.join(sorted(ACT2FN))}) whose activation has no parameters, or None for the identity."
+        )
+    activation = ACT2FN[name]
+    if isinstance(activation, nn.Module) and (held := ", ".join(activation.state_dict())):
+        raise ValueError(
+            f"act_fn={name!r} has parameters or buffers of its own ({held}). An adapter holds R, W and b alone, so "
+            "they would be lost when it is saved. Choose an activation without any, such as 'relu', 'gelu' or "
+            "'silu', or None for the identity."
+        )
+    return activation
 
 
 def _is_number(value: Any) -> bool:

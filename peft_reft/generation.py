@@ -15,7 +15,7 @@ from .spans import valid_tokens, whole_sequences
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
 
-_current = PerThread()
+current = PerThread()  # the call of `generate` that runs
 _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
 
 
@@ -25,12 +25,7 @@ class Family:
 
 def current_generation() -> "Generation | None":
     """The call of `generate` that runs in this thread."""
-    return _current.value
-
-
-def set_generation(generation: "Generation | None") -> None:
-    """Make `generation` the one that runs; None ends it."""
-    _current.value = generation
+    return current.value
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
@@ -68,9 +63,16 @@ def tokens_before(arguments: Mapping[str, Any]) -> int | torch.Tensor | None:
 
 def given_tokens(arguments: Mapping[str, Any]) -> int | None:
     """How many tokens a forward is given, or None if its arguments hold no text."""
-    inputs = arguments.get("input_ids")
-    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-    return None if inputs is None else inputs.shape[1]
+    shape = given_shape(arguments)
+    return None if shape is None else shape[1]
+
+
+def given_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the tokens that a forward is given, embeddings without their width, or None if there are none."""
+    ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if ids is not None:
+        return tuple(ids.shape)
+    return None if embeddings is None else tuple(embeddings.shape[:-1])
 
 
 @dataclass
@@ -91,6 +93,8 @@ class Generation:
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
         cache: the cache of the forwards, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
+        is_in_own_generate (`bool`): whether the call has come to `generate` of the model's class, which another that
+            was put on the model may call.
     """
 
     family: Family
@@ -104,6 +108,7 @@ class Generation:
     is_draft: bool = False
     cache: Any = None
     mixed_batch: MixedBatch | None = None
+    is_in_own_generate: bool = True
 
     @classmethod
     def of(cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":
@@ -286,11 +291,25 @@ def _valid_prompt(
     if kwargs.get("attention_mask") is not None:
         return kwargs["attention_mask"].bool()
     if input_ids is not None:  # beside embeddings, too
-        pad, eos = _option(configs, "pad_token_id"), _option(configs, "eos_token_id")
-        is_told = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
-        return input_ids != (pad if is_told else -1)
+        pad = padding_id(configs)
+        return input_ids != (-1 if pad is None else pad)
     embeddings = kwargs.get("inputs_embeds")
     return None if embeddings is None else torch.ones(embeddings.shape[:2], dtype=torch.bool)
+
+
+def padding_id(configs: list[Mapping[str, Any]], others: tuple[str, ...] = ("eos_token_id",)) -> int | None:
+    """The id by which padding is known where no mask tells it, as `generate` decides.
+
+    Args:
+        configs: where the ids of special tokens are looked for, in this order.
+        others: names of those that a padding token must not be, or it may be a token of the text.
+
+    Returns:
+        `int`, or None if there is no such id.
+    """
+    pad = _option(configs, "pad_token_id")
+    ids = [_option(configs, name) for name in others]
+    return None if any(pad in (own if isinstance(own, list) else [own]) for own in ids) else pad
 
 
 def _is_no_step(arguments: Mapping[str, Any]) -> bool:

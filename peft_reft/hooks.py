@@ -1,10 +1,10 @@
-"""The hooks of an adapted model: they give each call of it a plan, and pass what adapted modules put out through ReFT.
+"""What runs in an adapted model: a plan for each call of it, edits of what adapted modules put out, `generate`.
 
-They find what they need through the module that they are given, so that a copy of a model works with its own parts.
+Hooks and methods find what they need through the module that they are given, so that a copy of a model works with its
+own parts.
 """
 
 import inspect
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,22 +14,26 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from . import generation as generations
+from . import mixed_batch as mixed_batches
 from . import plan as plans
+from .adapted_class import adapt_class, restore_class
 from .call import SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
-from .generation import Family, Generation, current_generation, find_cache, set_generation
-from .layer import LAYER, ReftLayer, adapted_modules, base_modules, layer_of
+from .generation import Family, Generation, current_generation, find_cache
+from .layer import LAYER, ReftLayer, adapted_modules, base_modules, layer_of, uncompiled
 from .layout import edit_in_layout
-from .mixed_batch import BASE, MixedBatch, current_mixed_batch, set_mixed_batch
-from .per_thread import PerThread
-
-_checkpointed = PerThread()  # the module whose forward has just been checkpointed together with its edits
+from .lengths import current_lengths
+from .mixed_batch import BASE, MixedBatch, current_mixed_batch
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of an adapted module: pass its output, a tensor or the first of several, through the child."""
     layer, plan = layer_of(module), plans.current_plan()
-    if was_checkpointed(module) or layer is None or not layer.is_used_by(plan):
+    if plan is not None and plan.checkpointed is module:
+        plan.checkpointed = None
+        return None
+    if layer is None or not layer.is_used_by(plan):
         return None
     plan = find_plan(module, args, kwargs)
     if plan is None:
@@ -93,7 +97,6 @@ def with_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
 
 def checkpoint_edits(module: nn.Module, args: tuple) -> None:
     """Forward pre-hook of what transformers checkpoints around edits: have it run them again with their plan."""
-    _checkpointed.value = None
     if module.training and getattr(module, "gradient_checkpointing", False) and not torch.compiler.is_compiling():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, CheckpointEdits):
@@ -115,43 +118,61 @@ class CheckpointEdits:
         self.function = function
 
     def __call__(self, forward: Any, *args: Any) -> Any:
-        if plans.current_plan() is None:
+        running = plans.current_plan()
+        if running is None:
             return self.function(forward, *args)
         block: Any = next(iter(getattr(forward, "args", ())), None)  # None before transformers 5.23
         layer = layer_of(block) if isinstance(block, nn.Module) else None
         # With no gradient from before the block, reentrant checkpointing would give none to what is within.
         takes_part = torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args)
-        is_edited = takes_part and layer is not None and layer.is_used_by(plans.current_plan())
-        kept = plans.current_plan().kept  # type: ignore[union-attr]
+        is_edited = takes_part and layer is not None and layer.is_used_by(running)
+        kept = running.kept
 
         def forward_and_edit(*args: Any) -> Any:
             current = plans.current_plan()
             plan = current if current is not None and current.kept is kept else kept  # in the backward pass
-            plans.set_plan(plan)
             try:
+                plans.current.value = plan
                 output = forward(*args)
             finally:
-                plans.set_plan(current)
+                plans.current.value = current
             return edited_output(block, plan, args, forward.keywords, output) if is_edited else output
 
         output = self.function(forward_and_edit, *args)
-        _checkpointed.value = block if is_edited else None
+        running.checkpointed = block if is_edited else None
         return output
-
-
-def was_checkpointed(module: nn.Module) -> bool:
-    """Whether the forward that a module has just run was checkpointed together with its edits; asked once."""
-    checkpointed = _checkpointed.value
-    _checkpointed.value = None  # which would keep the module alive
-    return checkpointed is module
 
 
 # Calls
 
 
-def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of a model: make the plan of the call, and keep `prompt_lengths` from the model."""
-    role: Role = module._reft_role  # type: ignore[assignment]
+def run_forward(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], is_own: bool) -> Any:
+    """Run the forward of a model in a plan of its own, or in that of the call which it is part of.
+
+    Args:
+        module (`nn.Module`): the model.
+        forward: its forward, which is given the model first.
+        args, kwargs: the other arguments.
+        is_own (`bool`): whether it is the forward of the model's class, not one that was put on the model.
+    """
+    outer = plans.current_plan()
+    try:
+        begin_call(module, args, kwargs, is_own)
+        return forward(module, *args, **kwargs)
+    finally:
+        plans.current.value = outer  # no call of a function, in which an interrupt could come first
+
+
+def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: bool = True) -> None:
+    """Make the plan of a call of a model, and keep `prompt_lengths` from the model."""
+    role: Role | None = vars(module).get("_reft_role")  # type: ignore[assignment]
+    if role is None:
+        return
+    running = plans.current_plan()
+    if running is not None and running.call.owner is module and not running.is_in_own_forward:
+        running.is_in_own_forward = is_own  # what was put on the model has called what was there before
+        return
+    checkpoint_edits(module, args)
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
     if role.kind == "signal":
         arguments[SIGNAL] = next(filter(torch.is_tensor, arguments.values()), None)
@@ -159,17 +180,20 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     outer = plans.current_plan()
     while outer is not None and outer.call.role.family is role.family:
         if outer.call.contains(role, arguments):
-            return None
+            return
         if outer.call.is_around(role):
             arguments = outer.call.told_to(role) | arguments
             break
-        outer = outer.outer  # left behind by an interrupt
+        outer = outer.outer
+    else:
+        lengths = current_lengths(role.family)
+        if lengths is not None and (not role.apart or role.kind == "decoder"):
+            arguments = {"prompt_lengths": lengths} | arguments
     generation = generation_of(role, arguments)
     call = Call(role, module, module.training, arguments, generation)
-    plans.set_plan(plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs)))
+    plans.current.value = plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs), is_in_own_forward=is_own)
     if "prompt_lengths" not in role.argument_names:
         kwargs.pop("prompt_lengths", None)
-    return args, kwargs
 
 
 def generation_of(role: Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
@@ -197,53 +221,39 @@ def mixed_batch_of(
     return None if role.kind in ("causal", "decoder") else mixed_batch  # None for a call of its own within generate
 
 
-def end_call(module: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a model, called after errors too: the plan ends with the call that made it."""
-    plan = plans.current_plan()
-    if plan is not None and plan.call.owner is module:
-        plans.set_plan(plan.outer)
+def run_generate(model: Any, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any], is_own: bool) -> Any:
+    """Run `generate` of an adapted model, whose prompt is remembered for as long as the call lasts.
 
-
-class Generate:
-    """The `generate` of an adapted model: remembers the prompt for as long as the call lasts.
-
-    An object rather than a bound method, so that a copy of the model, pickled or not, generates with the copy. It does
-    not keep its model alive.
+    Args:
+        model (`PreTrainedModel`): the model.
+        generate: its `generate`, which is given the model first.
+        args, kwargs: the other arguments.
+        is_own (`bool`): whether it is that of the model's class, not one that was put on the model.
     """
+    family: Family | None = vars(model).get("_reft_family")
+    plan, outer, outer_mixed_batch = plans.current_plan(), current_generation(), current_mixed_batch()
+    is_within = outer is not None and outer.model is model and not outer.is_in_own_generate
+    if family is None or is_within:
+        if is_within:
+            outer.is_in_own_generate = is_own  # type: ignore[union-attr]
+        return generate(model, *args, **kwargs)
+    names = kwargs.pop("adapter_names", None)
+    mixed_batch = outer_mixed_batch if names is None else mix(model, family, names)
+    generation = Generation.of(model, family, args, kwargs)
+    if outer is not None and outer.model is model and outer.mixed_batch is mixed_batch and not generation.is_draft:
+        mixed_batch = None  # its rows are not those of this call
+    if mixed_batch is not None and mixed_batch.family is family and generation.prompts is not None:
+        mixed_batch.repeats(generation.prompts, expanded=False)
+    generation.mixed_batch, generation.is_in_own_generate = mixed_batch, is_own
+    try:
+        generations.current.value, mixed_batches.current.value = generation, mixed_batch
+        return generate(model, *args, **kwargs)
+    finally:
+        values = outer, outer_mixed_batch, plan
+        generations.current.value, mixed_batches.current.value, plans.current.value = values
 
-    def __init__(self, model: Any, family: Family):
-        self.model: Callable[[], Any] = weakref.ref(model)
-        self.family = family
-        self.replaced = vars(model).get("generate")  # what another package may have put there
-        self.__doc__ = model.generate.__doc__
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"model": self.model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, model=weakref.ref(state["model"]))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, plan, outer = self.model(), plans.current_plan(), current_generation()
-        outer_mixed_batch = current_mixed_batch()
-        names = kwargs.pop("adapter_names", None)
-        mixed_batch = outer_mixed_batch if names is None else mix(model, self.family, names)
-        generation = Generation.of(model, self.family, args, kwargs)
-        if outer is not None and outer.model is model and outer.mixed_batch is mixed_batch and not generation.is_draft:
-            mixed_batch = None  # its rows are not those of this call
-        if mixed_batch is not None and mixed_batch.family is self.family and generation.prompts is not None:
-            mixed_batch.repeats(generation.prompts, expanded=False)
-        generation.mixed_batch = mixed_batch
-        set_generation(generation)
-        set_mixed_batch(mixed_batch)
-        try:
-            if self.replaced is not None:
-                return self.replaced(*args, **kwargs)
-            return type(model).generate(model, *args, **kwargs)
-        finally:
-            set_generation(outer)
-            set_mixed_batch(outer_mixed_batch)
-            plans.set_plan(plan)  # after an interrupt, too
+METHODS = {"forward": run_forward, "generate": run_generate}
 
 
 def mix(model: nn.Module, family: Family, names: Any) -> MixedBatch:
@@ -290,15 +300,16 @@ def name_rows(
 
 def family_of(model: nn.Module) -> Family:
     """What stands for a model, new if it has not been adapted before."""
-    roles = (vars(module).get("_reft_role") for _, module in base_modules(model))
-    return next((role.family for role in roles if role is not None), None) or Family()
+    families = (vars(module).get("_reft_family") for _, module in base_modules(model))
+    return next((family for family in families if family is not None), None) or Family()  # type: ignore[misc]
 
 
 def hook_module(module: nn.Module, layer: ReftLayer) -> None:
     """Make `layer` a child of `module` and pass the module's output through it."""
     module.add_module(LAYER, layer)
     # First of the module's hooks, so that others (transformers' records of hidden states) see the edit.
-    module._reft_layer_handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)  # type: ignore
+    handle = module.register_forward_hook(edit_output, with_kwargs=True, prepend=True)
+    vars(module)["_reft_layer_handle"] = handle  # a compiled module would set it on what it compiles
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -338,34 +349,36 @@ def roles_around(modules: Mapping[str, nn.Module], name: str, config: PeftConfig
 
 
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
-    """Hook the models around every adapted module, so that each call of them has a plan."""
+    """Have each call of the models around adapted modules make a plan, and each `generate` remember its prompt."""
     modules = dict(model.named_modules())
+    adapted = [name for name, module in modules.items() if layer_of(module) is not None]
     callers: dict[str, tuple[str, bool]] = {}
-    for name in [name for name, module in modules.items() if layer_of(module) is not None]:
+    for name in adapted:
         callers = roles_around(modules, name, config) | callers
-        hook_checkpoints(modules, name)
     family = family_of(model)
     for path, (kind, apart) in callers.items():
         module = modules[path]
-        if "_reft_role" not in vars(module):
-            module._reft_handles = (
-                module.register_forward_pre_hook(begin_call, with_kwargs=True),
-                module.register_forward_hook(end_call, always_call=True),
-            )
+        adapt_class(module, METHODS)
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         depth = len(path.split(".")) if path else 0
-        module._reft_role = Role(family, kind, depth, names, apart)
+        module._reft_role = Role(family, kind, depth, names, apart)  # type: ignore[assignment]
+        module._reft_family = family  # type: ignore[assignment]
     for module in modules.values():
-        if isinstance(module, GenerationMixin) and not isinstance(vars(module).get("generate"), Generate):
-            vars(module)["generate"] = Generate(module, family)
+        if isinstance(module, GenerationMixin):
+            adapt_class(module, METHODS)
+            module._reft_family = family
+    for name in adapted:
+        hook_checkpoints(modules, name)
+    forget_graphs(model)
 
 
 def hook_checkpoints(modules: Mapping[str, nn.Module], name: str) -> None:
-    """Hook all that transformers may checkpoint around an adapted module, and the module itself."""
+    """Hook all that transformers may checkpoint around an adapted module but models, and the module itself."""
     for path in paths_to(name):
         module = modules[path]
-        if hasattr(module, "gradient_checkpointing") and "_reft_checkpoint_handle" not in vars(module):
-            module._reft_checkpoint_handle = module.register_forward_pre_hook(checkpoint_edits)  # type: ignore
+        is_hooked = "_reft_checkpoint_handle" in vars(module) or "_reft_role" in vars(module)
+        if hasattr(module, "gradient_checkpointing") and not is_hooked:
+            vars(module)["_reft_checkpoint_handle"] = module.register_forward_pre_hook(checkpoint_edits)
 
 
 def unhook_model(model: nn.Module) -> None:
@@ -374,17 +387,19 @@ def unhook_model(model: nn.Module) -> None:
         del module._modules[LAYER]
         vars(module).pop("_reft_layer_handle").remove()
     for module in model.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, CheckpointEdits):
+            module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
         if "_reft_checkpoint_handle" in vars(module):
             vars(module).pop("_reft_checkpoint_handle").remove()
-            function: Any = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, CheckpointEdits):
-                module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
-        if "_reft_role" in vars(module):
-            del module._reft_role
-            for handle in vars(module).pop("_reft_handles"):
-                handle.remove()
-        generate = vars(module).get("generate")
-        if isinstance(generate, Generate):
-            del module.generate
-            if generate.replaced is not None:
-                module.generate = generate.replaced
+        if "_reft_family" in vars(module):
+            vars(module).pop("_reft_role", None)
+            del module._reft_family
+            restore_class(module)
+    forget_graphs(model)
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Have torch.compile trace again what it has compiled of a model: it does not notice hooks that come and go."""
+    if any(uncompiled(m) is not m or m._compiled_call_impl is not None for m in model.modules()):
+        torch.compiler.reset()

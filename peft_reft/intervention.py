@@ -7,12 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from transformers.activations import ACT2FN
 
-from .config import Variant, standardized_form
-from .orthogonal import orthonormal_rows
+from .config import Variant, find_activation, standardized_form
+from .orthogonal import leave_out_zeros, orthonormal_rows
 from .scale import UNMEASURED, scale_of
+from .transforms import sees_operations
 
 # What h + projection^T (act_fn(weight h + b) - subtracted h) needs of n units: projection, weight and subtracted
 # [n, r, d], of which the latter two are None for zero, and b [n, 1, r]
@@ -24,7 +23,7 @@ Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.T
 LENGTH = 0.5
 
 
-# The rank whose rows of W start at length 1. Others start at sqrt(8 / r), so that one learning rate serves every rank.
+# Standardised edits are sqrt(8 / r) times as large as their parameters say, so that one learning rate serves every rank.
 STANDARD_RANK = 8
 
 
@@ -61,7 +60,8 @@ class Intervention(nn.Module):
     `R` holds what is trained and saved. Where the variant asks for orthonormal rows, the projection that is used is
     `orthonormal_rows(R)`.
 
-    A standardised unit is trained in units of the scale s [d] of hidden states: its edit is that of R * s and W / s.
+    A standardised unit is trained in units of the scale s [d] of hidden states: its edit is that
+    of sqrt(8 / r) R * s and W / s.
 
     Args:
         variant (`Variant`): the three switches.
@@ -95,9 +95,7 @@ class Intervention(nn.Module):
         self._b = nn.Parameter(torch.empty(r, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
         self.activation = act_fn if variant.linear else None  # a constant source has none
-        self.act_fn: Callable[[torch.Tensor], torch.Tensor] | None = (
-            ACT2FN[self.activation] if self.activation else None
-        )
+        self.act_fn = find_activation(self.activation)
         self._kept: dict[str, torch.Tensor] = {}
 
     # The parameters' own names begin with an underscore: they are parts of the keys of state dicts (layer.py).
@@ -132,7 +130,7 @@ class Intervention(nn.Module):
             return
         if self.is_standardized and init_weights is True:
             nn.init.zeros_(self.R)
-            nn.init.orthogonal_(self.W, gain=math.sqrt(STANDARD_RANK / self.r))  # type: ignore[arg-type]
+            nn.init.orthogonal_(self.W)  # type: ignore[arg-type]
             nn.init.zeros_(self.b)
             return
         if self.variant.orthonormal:
@@ -215,9 +213,9 @@ class Intervention(nn.Module):
 def in_units_of_states(
     projection: torch.Tensor, weight: Any, units: Sequence[Intervention]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrices [units, r, d] of standardised units, in the units of the hidden states. Exact: s is powers of two."""
+    """The matrices [units, r, d] of standardised units of one rank, in the units of the hidden states."""
     scale = scale_of(stack([unit.exponents for unit in units])).unsqueeze(1)  # type: ignore[misc]
-    return projection * scale, weight / scale
+    return projection * (scale * math.sqrt(STANDARD_RANK / units[0].r)), weight / scale
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -233,9 +231,10 @@ def cast(matrices: Matrices, dtype: torch.dtype) -> Matrices:
 
 
 class LinearEdit(torch.autograd.Function):
-    """h + projection^T (weight h + b), where a mask is true, in the dtype of h, computed in that of the matrices.
+    """h + projection^T s in the dtype of h, and s = weight h + b, zero where a mask is false, in that of the matrices.
 
-    Besides the matrices it keeps h as it was given, not as it was computed with: half as much in half precision.
+    Besides the matrices it keeps h as it was given, not as it was computed with: half as much in half precision. What
+    else it keeps, s, is an output, so that derivatives of its derivative have one, too.
     """
 
     @staticmethod
@@ -246,21 +245,26 @@ class LinearEdit(torch.autograd.Function):
         weight: torch.Tensor,
         b: torch.Tensor,
         mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         h = given.to(projection.dtype)
         low_rank = masked(torch.baddbmm(b, h, weight.mT), mask)
         ctx.save_for_backward(given, projection, weight, mask, low_rank)
-        return torch.baddbmm(h, low_rank, projection).to(given.dtype)
+        leave_out_zeros(ctx)
+        return torch.baddbmm(h, low_rank, projection).to(given.dtype), low_rank
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, of_edited: torch.Tensor | None, of_low_rank: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         given, projection, weight, mask, low_rank = ctx.saved_tensors
-        wide = gradient.to(projection.dtype)
-        of_low_rank = masked(wide @ projection.mT, mask)
-        of_given = torch.baddbmm(wide, of_low_rank, weight).to(given.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = of_low_rank.mT @ given.to(projection.dtype)
-        return of_given, low_rank.mT @ wide, of_weight, of_low_rank.sum(1, keepdim=True), None
+        wide = (torch.zeros_like(given) if of_edited is None else of_edited).to(projection.dtype)
+        of_source = wide @ projection.mT
+        if of_low_rank is not None:  # in second derivatives
+            of_source = of_source + of_low_rank
+        of_source = masked(of_source, mask)
+        of_given = torch.baddbmm(wide, of_source, weight).to(given.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = of_source.mT @ given.to(projection.dtype)
+        return of_given, low_rank.mT @ wide, of_weight, of_source.sum(1, keepdim=True), None
 
 
 def masked(low_rank: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -285,8 +289,8 @@ def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor 
         projection, weight, subtracted, b = cast(matrices, torch.promote_types(hidden_states.dtype, matrices[0].dtype))
         given = hidden_states.reshape(len(projection), -1, hidden_states.shape[-1])
         mask = None if mask is None else mask.reshape(*given.shape[:-1], 1)
-        if act_fn is None and weight is not None:
-            edited = LinearEdit.apply(given, projection, weight, b, mask)
+        if act_fn is None and weight is not None and not sees_operations():
+            edited, _ = LinearEdit.apply(given, projection, weight, b, mask)
         else:
             h = given.to(projection.dtype)
             low_rank = b.expand(-1, h.shape[1], -1) if weight is None else torch.baddbmm(b, h, weight.mT)

@@ -13,6 +13,7 @@ from .intervention import Intervention, Unit, edit
 from .plan import Plan
 from .positions import AnyPositions, Positions, Rows
 from .scale import UNMEASURED, measure_exponents
+from .transforms import sees_operations
 
 # The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an
 # underscore, as names of adapters rarely do: PEFT does not save keys that have the name of another adapter in them.
@@ -20,6 +21,10 @@ LAYER = "_reft"  # the child: without the prefix "reft_", or PEFT would skip it 
 SLOT = "_reft_"  # with the prefix, and the only part that has it, or transformers would rename another
 UNITS = ("unit", "prefix", "suffix")
 TENSORS = ("R", "W", "b", "exponents")
+
+SAVED_WITHOUT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
+COMPILED = "_orig_mod"  # torch.compile(module) has the module as this child, which state dicts name
+WRAPPERS = (*SAVED_WITHOUT, COMPILED)
 
 CANNOT_MERGE = (
     "ReFT edits hidden states at some positions, which no weight of the base model can express: it cannot be merged. "
@@ -197,6 +202,16 @@ def warn_of_replicas(units: Sequence[Intervention]) -> None:
         )
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` has compiled; a module that is not compiled, itself."""
+    return module._modules.get(COMPILED) or module
+
+
+def plain_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
+    """The name of a module or parameter without those of wrappers around its parents."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
 def layer_of(module: nn.Module) -> ReftLayer | None:
     """The `ReftLayer` of a module, or None if it has none."""
     layer = module._modules.get(LAYER)
@@ -271,5 +286,7 @@ def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows
     own = [units[name] for name in rows.units]
     if rows.indices is None:
         return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
+    if sees_operations():
+        return hidden_states.index_put(rows.indices, edit(own, hidden_states[rows.indices], rows.mask))
     taken, left = TakeRows.apply(hidden_states, *rows.indices)
     return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BASE = "__base__"  # PEFT's name for no adapter
 
-_current = PerThread()
+current = PerThread()  # the mixed batch that models find
 
 
 class UnitsOfRows:
@@ -155,9 +155,4 @@ class MixedBatch:
 
 def current_mixed_batch() -> MixedBatch | None:
     """The mixed batch that this thread has been given, or None."""
-    return _current.value
-
-
-def set_mixed_batch(mixed_batch: MixedBatch | None) -> None:
-    """Make `mixed_batch` the one that models find; None ends it."""
-    _current.value = mixed_batch
+    return current.value

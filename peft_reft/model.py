@@ -2,17 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from . import mixed_batch as mixed_batches
 from .base_adapters import (
     active_base_adapters,
     are_trained,
@@ -27,9 +28,21 @@ from .compatibility import trained_tokens
 from .config import ReftConfig
 from .hooks import family_of, hook_model, hook_module, mix, unhook_model
 from .intervention import Intervention
-from .layer import CANNOT_MERGE, LAYER, TENSORS, UNITS, Key, ReftLayer, adapted_modules, base_modules, layer_of
+from .layer import (
+    CANNOT_MERGE,
+    LAYER,
+    SAVED_WITHOUT,
+    TENSORS,
+    UNITS,
+    Key,
+    ReftLayer,
+    adapted_modules,
+    base_modules,
+    layer_of,
+    plain_name,
+    uncompiled,
+)
 from .layout import architecture_of
-from .mixed_batch import current_mixed_batch, set_mixed_batch
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .targets import find_targets, is_excluded
@@ -38,7 +51,6 @@ from .transaction import remember, transaction
 TAG = "reft"
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
 SHARDED = (FSDPModule, FullyShardedDataParallel)
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
 
 
 class ReftModel(BaseTuner):
@@ -97,7 +109,6 @@ class ReftModel(BaseTuner):
         with transaction():
             remember(model if below is None else below)
             if below is not None:
-                check_saved_modules(model, below, peft_config[adapter_name], adapter_name)  # type: ignore[arg-type,index]
                 vars(self)["base_peft_model"] = below
                 del model.peft_config  # those of ReFT are kept apart: both may have an adapter of one name
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -113,11 +124,9 @@ class ReftModel(BaseTuner):
             super().set_requires_grad(adapter_names, requires_grad)
             return
         for module in self.model.modules():  # an adapter of the base model may have the same name
-            wraps = (
-                isinstance(module, AuxiliaryTrainingWrapper) and module._get_available_adapters() & self.own_names()
-            )
-            if isinstance(module, ReftLayer) or wraps:
-                module.set_requires_grad(adapter_names, requires_grad)  # type: ignore[operator]
+            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper)
+            if isinstance(module, ReftLayer) or (is_wrapper and module._get_available_adapters() & self.own_names()):
+                module.set_requires_grad(adapter_names, requires_grad)
 
     def own_names(self) -> set[str]:
         """The names of the ReFT adapters."""
@@ -139,7 +148,8 @@ class ReftModel(BaseTuner):
             remember(self)
             self.peft_config[adapter_name] = config
             refuse_sharded(model)
-            self._note_base_adapters(model, adapter_name)
+            refuse_compiled(model)
+            self._check_base_adapters(model, adapter_name)
             if state_dict is not None:  # PEFT reads from its keys which modules to adapt
                 keys = {key: Key.read(key) for key in state_dict}
                 state_dict = {
@@ -155,15 +165,17 @@ class ReftModel(BaseTuner):
             if isinstance(model, PreTrainedModel):
                 model.add_model_tags(TAG)
 
-    def _note_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
-        """Have the config name the adapters that its own is trained on.
+    def _check_base_adapters(self, model: nn.Module, adapter_name: str) -> None:
+        """Have the config name the base model's own adapters, which the ReFT adapter is trained on.
 
         Raises:
-            ValueError: if another adapter of this model is trained on them, and they are trained, too.
+            ValueError: if both would save the same modules, or they are trained and a ReFT adapter is there already.
         """
-        below, config = self.base_peft_model, self.peft_config[adapter_name]
+        below, config = self.base_peft_model, cast(ReftConfig, self.peft_config[adapter_name])
         configs = self.peft_config if below is None else below.peft_config
         note_base_adapters(config, active_base_adapters(model, configs))
+        if below is not None:
+            check_saved_modules(model, below, config, adapter_name)
         if below is not None and are_trained(model) and not config.inference_mode and adapted_modules(model):
             raise ValueError(
                 "A second ReFT adapter cannot be trained on a base model whose own adapters are trained: the first "
@@ -201,22 +213,23 @@ class ReftModel(BaseTuner):
         move_adapter(layer, adapter_name, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            return
         for module, layer in adapted_modules(self.model).values():
-            move_adapter(layer, adapter_name, module, cast=True)
+            if autocast_adapter_dtype:
+                cast_adapter_dtype(layer, adapter_name)  # not in the model: its own adapter may have the same name
+            else:
+                move_adapter(layer, adapter_name, module, cast=True)
 
     # Calling
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names, outer = kwargs.get("adapter_names"), current_mixed_batch()
-        set_mixed_batch(None if names is None else mix(self.model, family_of(self.model), names))
+        names, outer = kwargs.get("adapter_names"), mixed_batches.current_mixed_batch()
+        mixed_batch = None if names is None else mix(self.model, family_of(self.model), names)
         try:
+            mixed_batches.current.value = mixed_batch
             yield
         finally:
-            set_mixed_batch(outer)
+            mixed_batches.current.value = outer
 
     # What cannot be done with ReFT
 
@@ -277,7 +290,7 @@ class ReftModel(BaseTuner):
                 "save it. trainer.save_model does; else state_dict = accelerator.get_state_dict(model) everywhere, "
                 "and accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict) on the main one."
             )
-        return {key: whole(state_dict[key]) for key in needed}
+        return {plain_name(key): whole(state_dict[key]) for key in needed}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -285,7 +298,7 @@ class ReftModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = list(tensors_of(model, adapter_name))
         needed = {key: unit.shapes()[name] for key, unit, name in tensors}
-        keys = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in needed}
+        keys = {cls._remove_adapter_name_from_key(plain_name(key), adapter_name): key for key in needed}
         keys |= {f"{PEFT_PREFIX}{key}": keys[key] for key in keys}  # of a PeftModel, into a model that is none
         state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
         check_keys(model, adapter_name, state_dict)
@@ -310,6 +323,15 @@ def move_adapter(layer: ReftLayer, adapter_name: str, module: nn.Module, cast: b
     for unit in layer.units(adapter_name).values():
         if not unit.b.is_meta and (dtype is not None or unit.b.device != device):
             unit.to(device=device, dtype=dtype)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise a ValueError if `torch.compile` made a model: its parts may be compiled, and so may what is adapted."""
+    if uncompiled(model) is not model:
+        raise ValueError(
+            "The model was compiled by torch.compile(model). Add or load the adapter before you compile it, or give "
+            "the model that was compiled (model._orig_mod) and compile what you get."
+        )
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -350,17 +372,13 @@ def check_names(
             )
 
 
-def plain_name(name: str) -> str:
-    """The name of a module or parameter without those of wrappers around its parents, as state dicts have it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
     """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
     for name, (_, layer) in adapted_modules(model).items():
         for unit, intervention in layer.units(adapter_name).items():
             for tensor in intervention.shapes():
-                yield str(Key(plain_name(name), unit, tensor, adapter_name)), intervention, tensor
+                key = Key(plain_name(name, SAVED_WITHOUT), unit, tensor, adapter_name)
+                yield str(key), intervention, tensor
 
 
 def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,9 @@
 A `Plan` belongs to one call, for as long as that lasts, and every adapted module of the thread finds it.
 """
 
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,14 +14,16 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .call import Call
+from .generation import Family
 from .mixed_batch import MixedBatch
 from .per_thread import PerThread
 from .positions import AnyPositions, Positions, Rows, to_rows
 
 EVERYWHERE = Positions.parse("all")
 
-_current = PerThread()
+current = PerThread()  # the plan of the call that runs; None between calls
 _remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
+_looked_at: "weakref.WeakSet[Family]" = weakref.WeakSet()  # models with no more to warn of
 
 
 @dataclass
@@ -30,17 +34,22 @@ class Plan:
         call (`Call`): the call.
         outer (`Plan`, *optional*): the plan that was current when the call began.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its rows, where they differ.
+        is_in_own_forward (`bool`): whether the call has come to the forward of the model's class, which another that
+            was put on the model may call.
+        checkpointed (`nn.Module`, *optional*): the module whose forward has just been checkpointed with its edits.
     """
 
     call: Call
     outer: "Plan | None" = None
     mixed_batch: MixedBatch | None = None
+    is_in_own_forward: bool = True
+    checkpointed: torch.nn.Module | None = None
     _rows: dict[Any, list[tuple[int, int, list[Rows]]]] = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> "Plan":
         """The plan without what only its call needs; what was found in the call stays."""
-        return replace(self, call=self.call.ended(), outer=None)
+        return replace(self, call=self.call.ended(), outer=None, checkpointed=None)
 
     def rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
@@ -84,7 +93,10 @@ class Plan:
     ) -> list[Rows]:
         if self.call.owner is None:
             raise RuntimeError(
-                "A module was recomputed in the backward pass with adapters that its forward did not use."
+                "A module was recomputed in the backward pass with adapters that its forward did not use. Adapters "
+                "were switched, enabled or disabled in between, and gradient checkpointing runs the module again. "
+                "Call backward() before you switch adapters, switch back before you call it, or turn gradient "
+                "checkpointing off (model.gradient_checkpointing_disable())."
             )
         if self.mixed_batch is not None:
             self.call.check_mixed(self.mixed_batch, batch)
@@ -92,17 +104,35 @@ class Plan:
         if spans is None:
             return positions.outside_prompts(units, batch, tokens, device)
         masks = positions.select(spans, units)
+        if self.call.training:
+            warn_if_empty(masks.values(), positions, self.call.role.family)
         return to_rows(masks, {unit: positions.most(unit, spans) for unit in masks})
+
+
+def warn_if_empty(masks: Iterable[torch.Tensor], positions: AnyPositions, family: Family) -> None:
+    """Warn, once for each model, of a training batch no token of which is edited: it trains nothing.
+
+    Elsewhere than on a CPU to look at values would make the device wait, so there the first batch alone is looked at.
+    """
+    masks = list(masks)
+    device = masks[0].device.type
+    if torch.compiler.is_compiling() or device == "meta" or family in _looked_at:
+        return
+    is_empty = not any(mask.any() for mask in masks)
+    if is_empty or device != "cpu":
+        _looked_at.add(family)
+    if is_empty:
+        warnings.warn(
+            f"No token of a training batch is edited: positions='{positions.text}' name tokens of prompts, and its "
+            "prompts are empty (prompt_lengths of 0, or nothing but padding). Such a batch trains nothing. Once for "
+            "each model.",
+            stacklevel=2,
+        )
 
 
 def current_plan() -> "Plan | None":
     """The plan of the call that runs in this thread."""
-    return _current.value
-
-
-def set_plan(plan: "Plan | None") -> None:
-    """Make `plan` the one that adapted modules find; None ends the call."""
-    _current.value = plan
+    return current.value
 
 
 def tensors_among(args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 EVERY = torch.iinfo(torch.int64).max
-SYNTAX = re.compile(r"(?:f(?P<prefix>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<suffix>[1-9]\d*))?")
+SYNTAX = re.compile(r"(?:f(?P<prefix>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<suffix>[1-9]\d*))?(?P<middle>-middle)?")
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,21 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Positions:
-    """A parsed choice of positions: `prefix` first tokens and `suffix` last tokens, or one of the two whole spans."""
+    """A parsed choice of positions: `prefix` first tokens and `suffix` last tokens, or one of the two whole spans.
+
+    Of a prompt with an odd number of tokens, too short for both ends, the suffix gets the token in the middle, or
+    without `middle` neither end.
+    """
 
     text: str
     prefix: int = 0
     suffix: int = 0
     span: str | None = None
+    middle: bool = True
 
     @classmethod
     def parse(cls, text: str) -> "Positions":
-        """Read `"f<n>"`, `"l<n>"`, `"f<n>+l<m>"`, `"prompt"` or `"all"`.
+        """Read `"f<n>"`, `"l<n>"`, `"f<n>+l<m>"`, `"f<n>+l<m>-middle"`, `"prompt"` or `"all"`.
 
         Raises:
             ValueError: if `text` is none of these.
@@ -75,13 +80,15 @@ class Positions:
             return cls(text, span=text)
         match = SYNTAX.fullmatch(text) if isinstance(text, str) else None
         prefix, suffix = (int(match["prefix"] or 0), int(match["suffix"] or 0)) if match else (0, 0)
-        if match is None or not (prefix or suffix) or bool(match["plus"]) != bool(prefix and suffix):
+        has_both = bool(prefix and suffix)
+        is_whole = match is not None and bool(match["plus"]) == has_both and (has_both or not match["middle"])
+        if match is None or not is_whole or not (prefix or suffix):
             raise ValueError(
                 f"positions={text!r} cannot be read. Write 'f<n>' for the first n tokens of the prompt, 'l<n>' for "
                 "the last n, 'f<n>+l<m>' for both (in this order, n and m at least 1), 'prompt' for every prompt "
                 "token or 'all' for every token: for example positions='f7+l7'."
             )
-        return cls(text, prefix, suffix)
+        return cls(text, prefix, suffix, middle=not match["middle"])
 
     @property
     def need_end(self) -> bool:
@@ -119,9 +126,9 @@ class Positions:
         return {"unit": spans.valid} if self.span == "all" else mark(spans, *self.counts, units)
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """How many first and last tokens of the prompt are edited, at most."""
-        return (0, EVERY) if self.span == "prompt" else (self.prefix, self.suffix)
+    def counts(self) -> tuple[int, int, bool]:
+        """How many first and last tokens of the prompt are edited, at most, and whether one in the middle is."""
+        return (0, EVERY, True) if self.span == "prompt" else (self.prefix, self.suffix, self.middle)
 
     def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
         """What is edited where no token is in a prompt."""
@@ -167,9 +174,10 @@ class PositionsOfRows:
 
     def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         batch, device = len(spans.valid), spans.valid.device
-        counts = [(0, 0) if choice is None or choice.span == "all" else choice.counts for choice in self.choices]
-        prefix, suffix = self._by_row("counts", counts, batch, device).unbind(-1)
-        masks, everywhere = mark(spans, prefix, suffix, units), self._everywhere(batch, device)
+        none = (0, 0, True)
+        counts = [none if choice is None or choice.span == "all" else choice.counts for choice in self.choices]
+        prefix, suffix, middle = self._by_row("counts", counts, batch, device).unbind(-1)
+        masks, everywhere = mark(spans, prefix, suffix, middle, units), self._everywhere(batch, device)
         return masks if everywhere is None else masks | {units[-1]: masks[units[-1]] | (spans.valid & everywhere)}
 
     def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
@@ -194,25 +202,31 @@ AnyPositions = Positions | PositionsOfRows
 
 
 def mark(
-    spans: Spans, prefix: int | torch.Tensor, suffix: int | torch.Tensor, units: tuple[str, ...]
+    spans: Spans,
+    prefix: int | torch.Tensor,
+    suffix: int | torch.Tensor,
+    middle: bool | torch.Tensor,
+    units: tuple[str, ...],
 ) -> dict[str, torch.Tensor]:
     """Mark the first and the last tokens of prompts.
 
-    A prefix and a suffix that would overlap are cut to half the prompt each, as in pyreft's
-    `get_intervention_locations`, so that no token is edited twice.
+    A prefix and a suffix that would overlap are cut to half the prompt each, so that no token is edited twice. An odd
+    token is the suffix's, so that a prompt of one token is edited.
 
     Args:
         spans (`Spans`): where prompts are.
         prefix, suffix (`int` or `torch.LongTensor` [batch, 1]): how many tokens.
+        middle (`bool` or `torch.LongTensor` [batch, 1]): whether the suffix gets an odd token. If not, neither end
+            does, as in pyreft's `get_intervention_locations`.
         units (`tuple[str, ...]`): the names of the units.
 
     Returns:
         `dict[str, torch.BoolTensor [batch, tokens]]`: a mask for each of `units`.
     """
     given = spans.valid if spans.answer is None else spans.valid & ~spans.answer
-    share = 1 + (prefix > 0) * (suffix > 0)
-    prefix_end = (spans.prefix_length // share).clamp(max=prefix)
-    suffix_start = spans.suffix_length - (spans.suffix_length // share).clamp(max=suffix)
+    both = (prefix > 0) * (suffix > 0)
+    prefix_end = (spans.prefix_length // (1 + both)).clamp(max=prefix)
+    suffix_start = spans.suffix_length - ((spans.suffix_length + both * middle) // (1 + both)).clamp(max=suffix)
     first = spans.valid & (spans.rank < prefix_end)
     last = given & (spans.rank >= suffix_start) & (spans.rank < spans.suffix_length)
     return {"prefix": first, "suffix": last} if len(units) == 2 else {"unit": first | last}
@@ -231,15 +245,16 @@ def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list
     if n * len(bounded) >= tokens:
         bounded = ()
     whole = [unit for unit in masks if most[unit] != 0 and unit not in bounded]
-    rows = [Rows((unit,), None, masks[unit].unsqueeze(0)) for unit in whole]
+    rows = []
     if bounded:
         # Each unit's tokens first, then those of no unit: columns stay distinct, so the put-back writes none twice.
         free, columns = ~torch.stack([masks[unit] for unit in bounded]).any(0), []
         for unit in bounded:
             rank = 2 * masks[unit].to(torch.uint8) + free
             columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :n])
-            free = free.scatter(1, columns[-1], False)
+            free = free.scatter(1, columns[-1], 0)  # torch.jit.trace takes no False here
         mask = torch.stack([masks[unit].gather(1, own) for unit, own in zip(bounded, columns, strict=True)])
         batch = torch.arange(mask.shape[1], device=mask.device).view(1, -1, 1)
         rows.append(Rows(bounded, (batch, torch.stack(columns)), mask))
-    return rows
+    # The prefix before the suffix in any case: processes whose batches tell prompts otherwise gather units in step.
+    return rows + [Rows((unit,), None, masks[unit].unsqueeze(0)) for unit in whole]

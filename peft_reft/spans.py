@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .positions import AnyPositions, Spans
+from .transforms import for_all_samples
 
 IGNORED_LABEL = -100
 
@@ -18,7 +19,7 @@ def check(condition: torch.Tensor, message: str) -> None:
         message (`str`): what was given, what is allowed and what to do.
     """
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not condition:
+        if not for_all_samples(condition).all():
             raise ValueError(message)
     else:
         torch._assert_async(condition, message)
@@ -75,6 +76,20 @@ def valid_tokens(attention_mask: Any, past: int, tokens: int, is_causal: bool) -
     return mask[:, :columns]
 
 
+def without_padding(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """Which tokens are no padding, read off their ids: padding is at the ends of a row.
+
+    Args:
+        input_ids (`torch.LongTensor` [batch, tokens]): the ids.
+        pad_token_id (`int`): the id of padding, which text may hold as well.
+
+    Returns:
+        `torch.BoolTensor` [batch, tokens].
+    """
+    is_text = (input_ids != pad_token_id).long()
+    return (is_text.cumsum(1) > 0) & (is_text.flip(1).cumsum(1).flip(1) > 0)
+
+
 def valid_before(valid: torch.Tensor) -> torch.Tensor:
     """The column of the last token before each, padding left out; -1 for the first [batch, tokens]."""
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
@@ -102,7 +117,7 @@ def sequence_ids(arguments: Mapping[str, Any], valid: torch.Tensor) -> torch.Ten
     lengths, position_ids = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     if lengths is not None:
         starts = torch.zeros(valid.numel() + 1, dtype=torch.bool, device=valid.device)
-        starts = starts.index_fill(0, lengths.to(valid.device).long(), True)[:-1].view_as(valid)
+        starts = starts.index_fill(0, lengths.to(valid.device).long(), 1)[:-1].view_as(valid)
     elif position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == valid.shape[1] > 1:
         position_ids, before = position_ids.to(valid.device).expand_as(valid), valid_before(valid)
         starts = valid & (before >= 0) & (position_ids <= position_ids.gather(1, before.clamp(min=0)))
@@ -237,4 +252,4 @@ def _values(tensor: torch.Tensor) -> str:
     """The values for a message that a CPU raises; elsewhere looking at them would make the device wait."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return ""
-    return str(tensor.flatten().tolist())
+    return str(for_all_samples(tensor).flatten().tolist())

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from types import SimpleNamespace
@@ -18,11 +19,18 @@ from transformers.pytorch_utils import Conv1D
 
 from .call import reads_text
 from .config import ReftConfig
-from .layer import ReftLayer
+from .layer import COMPILED, ReftLayer, plain_name, uncompiled
+
+# Layers of attention and MLPs in transformers' models whose output is used within them. LoRA configs name these.
+INNER = re.compile(
+    r"(q|k|v|qkv|query|key|value|query_key|in|gate|up|gate_up|kv)(_a|_b)?(_proj|_lin)?|query_key_value|in_proj_\w+"
+    r"|W?qkv|w[qkv]|c_attn|c_fc|fc1|fc_in|wi(_[01])?|w[13]|dense_h_to_4h|lin1"
+)
 
 
 def is_excluded(config: ReftConfig, key: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` take a module out, by PEFT's own rules."""
+    key = plain_name(key)
     rules = {"exclude_modules": config.exclude_modules, "modules_to_save": config.modules_to_save}
     return isinstance(check_target_module_exists(SimpleNamespace(target_modules=[key], **rules), key), _ExcludedModule)
 
@@ -59,7 +67,7 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
         found = [name for name in lists if any(name == p or name.endswith(f".{p}") for p in patterns)]
     else:
         depth = getattr(text_config(root), "num_hidden_layers", None)
-        found = [name for name in lists if isinstance(lists[name][0], GradientCheckpointingLayer)]
+        found = [name for name in lists if isinstance(uncompiled(lists[name][0]), GradientCheckpointingLayer)]
         found = found or [name for name in lists if len(lists[name]) == depth] or list(lists)
         if len(found) > 1 and isinstance(model, PreTrainedModel) and model.base_model is not model:
             # Below a head, towers of other modalities serve the language model; alone, no tower is the model.
@@ -137,12 +145,14 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, i
     targets = {}
     for name in names:
         d = output_width(model, name)
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), plain_name(name)), config.r)
         if r > d:
             raise ValueError(
                 f"r={r} is above the width of the hidden states that {name!r} puts out: give a rank from 1 to {d}."
             )
         targets[name] = (d, r)
+    if config.target_modules is not None and not config.inference_mode:
+        warn_of_inner_layers(model, names)
     return targets
 
 
@@ -151,14 +161,21 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
     modules = dict(model.named_modules())
     adapters = [name for name, module in modules.items() if isinstance(module, ReftLayer)]
     candidates = [name for name in modules if name and not any(f"{name}.".startswith(f"{a}.") for a in adapters)]
+    candidates = [name for name in candidates if not name.endswith(f".{COMPILED}")]  # the compiled module is called
     found: set[str] = set()
     for target in config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]:
         rule = SimpleNamespace(target_modules=[target] if isinstance(config.target_modules, list) else target)
-        matched = {name for name in candidates if check_target_module_exists(rule, name)}
+        matched = {name for name in candidates if check_target_module_exists(rule, plain_name(name))}
         if not matched:
             raise ValueError(
                 f"target_modules={config.target_modules!r}: {target!r} matches no module of {type(model).__name__}. "
-                "Leave them at None to edit the output of every block, or name modules that model.named_modules() "
+                + (
+                    f"A string is a regular expression of complete names; a list, [{target!r}], matches the ends of "
+                    "names. "
+                    if isinstance(config.target_modules, str)
+                    else ""
+                )
+                + "Leave them at None to edit the output of every block, or name modules that model.named_modules() "
                 "lists."
             )
         found |= matched
@@ -179,6 +196,31 @@ def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
             f"among layers, but the names that target_modules match have no such part: {', '.join(names[:3])}."
         )
     return choose_layers(config, layers)
+
+
+def warn_of_inner_layers(model: nn.Module, names: list[str]) -> None:
+    """Warn if modules are linear layers whose output is no hidden state of the residual stream."""
+    inner = []
+    for name in names:
+        parts, width = name.split("."), linear_width(model.get_submodule(name))
+        owners = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1))
+        config = next((text_config(owner) for owner in owners if isinstance(owner, PreTrainedModel)), None)
+        is_inner = INNER.fullmatch(parts[-1]) or width != getattr(config, "hidden_size", width)
+        if width is not None and is_inner and (short := ".".join(parts[-2:])) not in inner:
+            inner.append(short)
+    if inner:
+        warnings.warn(
+            f"target_modules: the outputs of {', '.join(inner)} are queries, keys, values or activations inside an "
+            "MLP. ReFT will edit these. It is meant for hidden states: leave target_modules at None for the output of "
+            "every block, or name modules that write to the residual stream, such as ['o_proj', 'down_proj'].",
+            stacklevel=2,
+        )
+
+
+def linear_width(module: nn.Module) -> int | None:
+    """Return the width of a linear layer's output, or None for another module."""
+    width = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features", None)
+    return width if isinstance(width, int) and next(module.children(), None) is None else None
 
 
 def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:
@@ -246,7 +288,7 @@ def output_width(model: nn.Module, name: str) -> int:
     Raises:
         ValueError: if it puts out no hidden state, or its width cannot be told.
     """
-    module = model.get_submodule(name)
+    module = uncompiled(model.get_submodule(name))
     problem = None
     if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):
         problem = "is a container that is never called"

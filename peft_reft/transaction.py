@@ -71,6 +71,7 @@ class Snapshot:
         }
         values = (value for owner in objects.values() for value in vars(owner).values())
         containers = {id(value): value for value in values if isinstance(value, dict | list | set)}
+        self.classes = [(module, type(module)) for module in modules]
         # The attributes of an object are a container as well. The last to be restored are those within.
         self.contents = [(c, c.copy()) for c in chain(map(vars, objects.values()), containers.values())]
         parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
@@ -81,6 +82,9 @@ class Snapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Make the model what it was. Objects that have not changed are not touched."""
+        for module, own in self.classes:
+            if type(module) is not own:
+                module.__class__ = own
         for container, content in self.contents:
             if not is_same(container, content):
                 container.clear()

@@ -5,13 +5,16 @@ Each would serve the user well but for one thing, which ReFT has no other place 
 
 import functools
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, other
@@ -22,15 +25,24 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.modeling_utils import load_state_dict
 
 from . import continuous_batching
-from .base_adapters import base_peft_model, load_base_adapters, save_base_adapters, saved_base_adapters
+from .base_adapters import (
+    base_peft_model,
+    load_base_adapter,
+    load_base_adapters,
+    method_of,
+    save_base_adapters,
+    saved_base_adapters,
+)
+from .call import Role, note_labels
 from .card import describe_use
 from .checkpoints import STATE
+from .collator import PromptLengthsAdder
 from .compatibility import check_config
 from .config import ReftConfig
 from .generation import DecoderGeneration, current_generation
 from .intervention import Intervention
-from .layer import LAYER, adapted_modules
-from .model import ReftModel, check_keys, misfit, needed_tensors, plain_name
+from .layer import LAYER, adapted_modules, base_modules, plain_name
+from .model import ReftModel, check_keys, misfit, needed_tensors
 from .quantized import keep_dtypes
 from .registration import REFT
 from .transaction import Snapshot, remember, transaction
@@ -60,11 +72,16 @@ def complete_upstream() -> None:
     complete_trainer()
 
 
+SWITCH = "PEFT_REFT_PROMPT_LENGTHS"  # an environment variable; "0" keeps trainers from adding prompt_lengths
+
+
 def complete_trainer() -> None:
     """Complete `Trainer` if its module is there. To import it would take longer than all else: it brings datasets."""
     module: Any = sys.modules.get("transformers.trainer")
     if hasattr(module, "Trainer"):
         complete(module.CallbackHandler, "on_init_end", restore_dtypes)
+        complete(module.Trainer, "_get_dataloader", add_prompt_lengths)
+        complete(module.Trainer, "_prepare_inputs", note_labels_in_evaluation)
         complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
         complete(module.Trainer, "save_model", save_sharded)
         complete(module.Trainer, "_load_optimizer_and_scheduler", load_sharded_optimizer)
@@ -149,8 +166,8 @@ def begin_tuner(
     there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     if there is not None and there.peft_type != config.peft_type and REFT in (there.peft_type, config.peft_type):
         raise ValueError(
-            f"The model has an adapter {adapter_name!r} already, of type {there.peft_type.value}, which one of type "
-            f"{config.peft_type.value} would replace. Give the new one another adapter_name."
+            f"The model has an adapter {adapter_name!r} already, of type {method_of(there)}, which one of type "
+            f"{method_of(config)} would replace. Give the new one another adapter_name."
         )
     method(tuner, model, peft_config, adapter_name, *args, **kwargs)
 
@@ -173,9 +190,8 @@ def load_or_undo(
         ValueError: if the adapter cannot be loaded into a model whose parts lie where they do, or has another config
             than the one that is there.
     """
-    base_adapter = saved_base_adapters(model).get(adapter_name)
-    if base_adapter is not None and adapter_name not in model.peft_config:  # a `Trainer` that resumes names subfolders
-        return base_peft_model(model).load_adapter(model_id, base_adapter, *args, **kwargs)  # type: ignore[union-attr]
+    if adapter_name in saved_base_adapters(model) and adapter_name not in model.peft_config:
+        return load_base_adapter(model, model_id, adapter_name, *args, **kwargs)  # for a `Trainer` that resumes
     with transaction():
         is_reft = isinstance(model.base_model, ReftModel)
         if is_reft:
@@ -298,9 +314,8 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
     """
     before = set(getattr(model, "peft_config", {}))
     check_given_config(inspect.signature(method).bind(model, *args, **kwargs).arguments)
-    with transaction():
-        with keys_checked(model, before):
-            info = method(model, *args, **kwargs)
+    with keys_checked(model, before), transaction():
+        info = method(model, *args, **kwargs)
         added = [name for name in model.peft_config if name not in before]
         if any(model.peft_config[name].peft_type == REFT for name in added):
             refuse_disk(model, added)
@@ -346,7 +361,7 @@ def keys_checked(model: Any, before: set[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        del vars(model)["_load_pretrained_model"]
+        vars(model).pop("_load_pretrained_model", None)
 
 
 def keys_of(file: str) -> list[str]:
@@ -385,6 +400,68 @@ def restore_dtypes(method: Callable[..., Any], handler: "CallbackHandler", *args
             if isinstance(module, Intervention):
                 module.restore_dtype()
     return method(handler, *args, **kwargs)
+
+
+def roles_of(model: Any) -> list[Role]:
+    """The roles of an adapted model, the outermost first; none of a model without adapters."""
+    roles = (vars(module).get("_reft_role") for _, module in base_modules(model))
+    return [role for role in roles if role is not None]
+
+
+def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
+    """Have a trainer's batches hold `prompt_lengths`, where one length a row says where the prompt ends.
+
+    With them a suffix takes its few tokens through its edit, and not all that the labels may end a prompt at, and
+    where a trainer keeps the labels for itself the model knows. The trainer's own collator stays where it is: TRL's
+    look at its class.
+    """
+    model, collator = trainer.model, trainer.data_collator
+    roles = [] if model is None else roles_of(model)
+    if not any(role.kind in ("causal", "decoder") for role in roles):
+        return method(trainer, *args, **kwargs)
+    adder = PromptLengthsAdder(collator, os.environ.get(SWITCH) != "0" and takes_prompt_lengths(trainer, roles[0]))
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        columns: Any = trainer._signature_columns
+        if "prompt_lengths" not in columns:
+            columns.append("prompt_lengths")
+    trainer.data_collator = adder
+    try:
+        dataloader = method(trainer, *args, **kwargs)
+    finally:
+        trainer.data_collator = collator
+    is_dispatched = isinstance(dataloader, DataLoaderDispatcher) and not dataloader.split_batches
+    if is_dispatched and dataloader.state.num_processes > 1:
+        adder.is_finding = False  # one process joins the batches of all, which must have the same keys
+    return dataloader
+
+
+def takes_prompt_lengths(trainer: "Trainer", role: Role) -> bool:
+    """Whether all that a trainer gives its batches to can take `prompt_lengths`, and its model has a use for them."""
+    if role.kind != "causal":  # the labels of an encoder-decoder model are not those of its input_ids
+        return False
+    reference = getattr(trainer, "ref_model", None)  # TRL's, perhaps without an adapter
+    layers = [layer for _, layer in adapted_modules(trainer.model).values()]  # type: ignore[arg-type]
+    is_used = any(positions.span != "all" for layer in layers for positions in layer.positions.values())
+    generates = getattr(trainer.args, "predict_with_generate", False)  # from the whole batch
+    return is_used and not generates and (reference is None or bool(roles_of(reference)))
+
+
+def note_labels_in_evaluation(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
+    """A trainer that keeps the labels for itself calls the model with ids that came with labels all the same.
+
+    In training a call without labels is refused in any case.
+    """
+    inputs = method(trainer, *args, **kwargs)
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+    if trainer.model is None or trainer.model.training or not isinstance(labels, torch.Tensor):
+        return inputs
+    for family in {role.family for role in roles_of(trainer.model)}:
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = inputs.get(name)
+            if isinstance(ids, torch.Tensor) and ids.shape == labels.shape:
+                note_labels(family, ids)
+    return inputs
 
 
 def begin_checkpoint(method: Callable[..., Any], trainer: "Trainer", model: Any, trial: Any, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ def merged_by_hand(base, lora, name="default"):
 
 @torch.no_grad()
 def logits(model, ids, **inputs):
-    return model(input_ids=ids, **inputs).logits
+    return model(input_ids=ids.clone(), **inputs).logits
 
 
 def close(found, expected):
@@ -89,7 +89,7 @@ def close(found, expected):
 
 
 def tuned(model):
-    return {name: p for name, p in model.named_parameters() if ".lora_" in name or ".reft_" in name}
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name or "._reft_" in name}
 
 
 def a_step(model, ids):
@@ -133,8 +133,8 @@ def test_gradients_of_both(base, lora, model, ids, checkpointing):
     by_hand = ByHand(base, model)
     for block, units in by_hand.tensors.items():
         for unit, tensors in units.items():
-            prefix = f"base_model.model.{block}.reft.reft_{unit}.default"
-            units[unit] = {tensor: leaves[f"{prefix}.{tensor}"] for tensor in tensors}
+            prefix = f"base_model.model.{block}._reft._reft_{unit}.default"
+            units[unit] = {tensor: leaves[f"{prefix}._{tensor}"] for tensor in tensors}
     with by_hand.edits(COLUMNS):
         functional_call(base, weights, kwargs=dict(input_ids=ids, labels=labels)).loss.backward()
     if checkpointing is not None:
@@ -142,7 +142,7 @@ def test_gradients_of_both(base, lora, model, ids, checkpointing):
     model.train()(input_ids=ids, labels=labels).loss.backward()
     for name, p in tuned(model).items():
         torch.testing.assert_close(p.grad, leaves[name].grad, atol=1e-5, rtol=1e-4, msg=name)
-        if "layers.2.reft.reft_prefix" not in name:  # which no label sees
+        if "layers.2._reft._reft_prefix" not in name:  # which no label sees
             assert p.grad.abs().max() > 1e-5, name
 
 
@@ -160,7 +160,7 @@ def test_disabled_merged_and_unloaded(base, lora, model, ids):
             take_away()
     assert torch.equal(logits(model, ids), expected)
 
-    names = set(lora.state_dict()) - {name for name in lora.state_dict() if ".reft." in name}
+    names = set(lora.state_dict()) - {name for name in lora.state_dict() if "._reft." in name}
     assert model.unload() is lora and set(lora.state_dict()) == names
     merged = merged_by_hand(base, lora)
     close(logits(lora, ids), logits(merged, ids))
@@ -218,9 +218,9 @@ def test_lora_is_trained_if_it_was_trainable(base, lora, ids, tmp_path, is_train
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     a_step(model, ids)
     for name, p in model.named_parameters():
-        trained = ".reft_" in name or (is_trainable and ".lora_" in name)
+        trained = "._reft_" in name or (is_trainable and ".lora_" in name)
         assert p.requires_grad == trained and torch.equal(p, before[name]) != trained, name
-    trained = sum(p.numel() for name, p in tuned(model).items() if is_trainable or ".reft_" in name)
+    trained = sum(p.numel() for name, p in tuned(model).items() if is_trainable or "._reft_" in name)
     assert model.get_nb_trainable_parameters() == (trained, sum(p.numel() for p in model.parameters()))
 
 
@@ -228,14 +228,30 @@ def test_trainable_or_not_by_name(lora, model):
     """Of the ReFT adapter, though LoRA's has the same name."""
 
     def trainable():
-        return {kind: {p.requires_grad for n, p in tuned(model).items() if kind in n} for kind in (".lora_", ".reft_")}
+        return {
+            kind: {p.requires_grad for n, p in tuned(model).items() if kind in n} for kind in (".lora_", "._reft_")
+        }
 
     model.set_requires_grad("default", False)
-    assert trainable() == {".lora_": {True}, ".reft_": {False}}
+    assert trainable() == {".lora_": {True}, "._reft_": {False}}
     model.set_adapter("default")
-    assert trainable() == {".lora_": {True}, ".reft_": {True}}
+    assert trainable() == {".lora_": {True}, "._reft_": {True}}
     lora.set_adapter("default", inference_mode=True)
-    assert trainable() == {".lora_": {False}, ".reft_": {True}}
+    assert trainable() == {".lora_": {False}, "._reft_": {True}}
+
+
+def test_dtype_of_lora_is_kept(lora, ids, tmp_path):
+    """TRL casts it on a quantized base, and ReFT is added, loaded and resumed above it."""
+    for p in tuned(lora).values():
+        p.data = p.data.bfloat16()
+    model = on(lora, reft_config())
+    parameters = tuned(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path / "lora-default", "lora-default")
+    assert all(p is parameters[name] for name, p in tuned(model).items())  # which an optimizer may hold
+    for name, p in tuned(model).items():
+        assert p.dtype == (torch.bfloat16 if ".lora_" in name else torch.float32)
 
 
 def test_second_reft_adapter(lora, model, base, ids):
@@ -250,6 +266,12 @@ def test_second_reft_adapter(lora, model, base, ids):
     assert not any(p.requires_grad for name, p in tuned(model).items() if ".lora_" in name)
     by_hand = ByHand(merged_by_hand(base, lora), model, "second")
     close(logits(model.eval(), ids), by_hand.logits(ALL, input_ids=ids))
+    for name in ("third", "fourth"):  # both with a head of their own
+        model.add_adapter(name, reft_config(modules_to_save=["lm_head"]))
+    lora.add_adapter("fifth", lora_config())
+    with pytest.raises(ValueError, match="Both adapters are called 'fifth'"):
+        model.add_adapter("fifth", reft_config(modules_to_save=["lm_head"]))
+    assert list(model.peft_config) == ["default", "second", "third", "fourth"]
 
 
 # Saving and loading
@@ -285,7 +307,7 @@ def test_files_are_those_of_each_alone(saved, base, lora, model, ids):
     each = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert files == each | {f"lora-default/{name}" for name in each}
     for folder, config, kind in (
-        ("adapter", reft_config(), ".reft_"),
+        ("adapter", reft_config(), "._reft_"),
         ("adapter/lora-default", lora_config(), ".lora_"),
     ):
         alone = get_peft_model_state_dict(get_peft_model(copy.deepcopy(base), config))

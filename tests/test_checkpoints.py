@@ -1,15 +1,25 @@
 """Checkpoints of a real `Trainer`, damaged file by file, and what training does that resumes from what is left."""
 
 import functools
+import json
+import os
+import pickle
 import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from by_hand import make_llama, random_ids
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import Trainer, TrainingArguments
 
 from peft_reft import ReftConfig, last_whole_checkpoint
@@ -211,3 +221,159 @@ def test_no_damaged_adapter_is_loaded(run, name, damage):
     model = make_llama(2)
     with pytest.raises((SafetensorError, ValueError, OSError)):
         model.load_adapter(str(run / "checkpoint-4"))
+
+
+# Tables of contents that FSDP writes
+
+
+def save_shards(checkpoint):
+    """What FSDP would have written in place of the optimizer's state and of the weights."""
+    tensors = {f"layers.{index}.weight": torch.randn(8, 8) for index in range(3)}
+    for name in ("optimizer_0", "pytorch_model_fsdp_0"):
+        distributed_checkpoint.save(tensors, checkpoint_id=checkpoint / name)
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def test_shards_of_fsdp(run):
+    save_shards(run / "checkpoint-4")
+    assert last_step(run) == 4
+    (file,) = (run / "checkpoint-4" / "optimizer_0").glob("*.distcp")
+    contents = file.read_bytes()
+    file.write_bytes(contents[:-1])
+    with pytest.warns(UserWarning, match=f"optimizer_0 cannot be read .{file.name} is too short"):
+        assert last_step(run) == 2
+    file.unlink()
+    with pytest.warns(UserWarning, match=f"optimizer_0 cannot be read .*{file.name}"):
+        assert last_step(run) == 2
+    file.write_bytes(contents)
+    assert last_step(run) == 4
+    (file.parent / ".metadata").unlink()
+    with pytest.warns(UserWarning, match="optimizer_0 cannot be read .*metadata"):
+        assert last_step(run) == 2
+
+
+# Checkpoints of others, who may mean harm
+
+
+class Runs:
+    """An object whose pickle runs a command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def archive_of(path, pickled, compression=zipfile.ZIP_STORED):
+    """As torch.save writes it."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+
+
+def archive_of_arguments(path, **attributes):
+    torch.save(SimpleNamespace(**{"save_only_model": False} | attributes), path)
+
+
+def sparse(path, size, end=b""):
+    """A file of that size which takes no room on the disk."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size - len(end))
+        file.write(end)
+
+
+def nested(depth):
+    """A key that takes 2 ** depth steps to be hashed."""
+    return b"}" + b")" + b"2\x86" * depth + b"Ns"  # a dict, an empty tuple, twice the last in each next, None, put
+
+
+def shared_state(count):
+    """Many objects whose attributes were set from one dict of many."""
+    pairs = b"".join(b"X" + struct.pack("<I", 6) + b"%06d" % index + b"N" for index in range(count))
+    part = b"cx\nX\n)\x81h\x00b"
+    state = b"}q\x00(" + pairs + b"u0"
+    parts = b"".join(b"N" + part for _ in range(count))
+    return b"\x80\x02" + state + b"cx\nM\n)\x81}(X\x0c\0\0\0storage_data}(" + parts + b"uub."
+
+
+ATTACKS = {
+    "a command in the table of FSDP": lambda folder: (
+        save_shards(folder),
+        (folder / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Runs(f"touch {folder.parent}/canary"))),
+    ),
+    "a command in the training arguments": lambda folder: archive_of(
+        folder / "training_args.bin", pickle.dumps(Runs(f"touch {folder.parent}/canary"))
+    ),
+    "a memo of gigabytes": lambda folder: archive_of(
+        folder / "training_args.bin", b"\x80\x02Nr" + (2**28).to_bytes(4, "little") + b"."
+    ),
+    "bytes of gigabytes": lambda folder: archive_of(
+        folder / "training_args.bin", b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b"."
+    ),
+    "a compressed pickle": lambda folder: archive_of(folder / "training_args.bin", bytes(2**28), zipfile.ZIP_DEFLATED),
+    "a key that is long to hash": lambda folder: archive_of(
+        folder / "training_args.bin", b"\x80\x02" + nested(64) + b"."
+    ),
+    "a state that objects share": lambda folder: (
+        save_shards(folder),
+        (folder / "optimizer_0" / ".metadata").write_bytes(shared_state(30_000)),
+    ),
+    "countless processes": lambda folder: archive_of_arguments(
+        folder / "training_args.bin", distributed_state=SimpleNamespace(num_processes=10**12)
+    ),
+    "brackets in brackets": lambda folder: (folder / "trainer_state.json").write_text("[" * 10**6),
+    "a state of gigabytes": lambda folder: sparse(folder / "trainer_state.json", 2**33),
+    "a header of gigabytes": lambda folder: sparse(folder / "adapter_model.safetensors", 2**33),
+    "a header that is said to be": lambda folder: (folder / "adapter_model.safetensors").write_bytes(
+        (2**36).to_bytes(8, "little") + b"{}"
+    ),
+    "a table of gigabytes": lambda folder: sparse(
+        folder / "optimizer.pt", 2**32, struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 2**31, 2**31 - 22, 0)
+    ),
+    "a pipe": lambda folder: ((folder / "scheduler.pt").unlink(), os.mkfifo(folder / "scheduler.pt")),
+}
+
+LOOK = """
+    import json, resource, sys, time, warnings
+    from peft_reft import last_whole_checkpoint
+
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + 1200 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    results = {}
+    for folder in sys.argv[1:]:
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = last_whole_checkpoint(folder)
+        results[folder] = dict(
+            found=found,
+            warnings=[str(warning.message) for warning in caught],
+            megabytes=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
+            seconds=time.process_time() - start,
+        )
+    print(json.dumps(results))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_checkpoints_that_mean_harm(trained, tmp_path):
+    """They run nothing, take little, and are left out for a reason, in a process of little memory."""
+    folders = {}
+    for index, (name, attack) in enumerate(ATTACKS.items()):
+        folder = folders[name] = tmp_path / str(index)
+        for step in ("checkpoint-2", "checkpoint-4"):
+            shutil.copytree(trained[0] / step, folder / step)
+        attack(folder / "checkpoint-4")
+    command = [sys.executable, "-c", textwrap.dedent(LOOK), *map(str, folders.values())]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(process.stdout.splitlines()[-1])
+    for name, folder in folders.items():
+        result = results[str(folder)]
+        assert result["found"] == str(folder / "checkpoint-2"), (name, result)
+        (warning,) = result["warnings"]
+        assert "checkpoint-4 is not whole" in warning and "MemoryError" not in warning, (name, warning)
+        assert result["megabytes"] < 600 and result["seconds"] < 60, (name, result)
+        assert not (folder / "canary").exists(), name

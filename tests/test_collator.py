@@ -6,6 +6,7 @@ from by_hand import MASK, assert_edits, labels_of
 from transformers import DataCollatorForSeq2Seq
 
 from peft_reft import DataCollatorWithPromptLengths
+from peft_reft.collator import PromptLengthsAdder
 
 RIGHT = MASK.flip(1)
 HOLES = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1]])
@@ -16,7 +17,7 @@ ROWS = {
     "left": (MASK, ([(5, 12)], [(8, 12)]), [5, 4], {"prefix": [[0, 1], [4, 5]], "suffix": [[3, 4], [6, 7]]}),
     "right": (RIGHT, ([(5, 12)], [(4, 8)]), [5, 4], {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [2, 3]]}),
     "holes": (HOLES, ([(6, 12)], [(8, 10)]), [4, 5], {"prefix": [[0, 2], [2, 3]], "suffix": [[3, 5], [5, 7]]}),
-    "labels over a hole": (HOLES, ([(3, 6)], [(5, 9)]), [2, 3], {"prefix": [[0], [2]], "suffix": [[2], [4]]}),
+    "labels over a hole": (HOLES, ([(3, 6)], [(5, 9)]), [2, 3], {"prefix": [[0], [2]], "suffix": [[2], [3, 4]]}),
     "text after": (MASK, ([(5, 7)], [(8, 9)]), [5, 4], {"prefix": [[0, 1], [4, 5]], "suffix": [[3, 4], [6, 7]]}),
     "labels on padding": (
         MASK,
@@ -73,6 +74,8 @@ REFUSED = {
     "sequence lengths": (dict(cu_seq_lens_q=torch.tensor([0, 12, 20, 24])), "several sequences.*padding_free"),
     "no labels": (dict(labels=None), r"gave \{'input_ids': \[2, 12\].*completion_mask"),
     "class labels": (dict(labels=torch.tensor([0, 1])), r"'labels': \[2\]"),
+    "labels in a list": (dict(labels=[[1], [2]]), "cannot be told"),
+    "a prepared mask": (dict(attention_mask=torch.ones(2, 1, 12, 12)), r"'attention_mask': \[2, 1, 12, 12\]"),
 }
 
 
@@ -94,3 +97,30 @@ def test_positions_and_lengths_of_single_sequences_are_taken(ids):
     ].tolist() == [5, 4]
     lengths = torch.tensor([0, 12])
     assert collate(input_ids=ids[:1], labels=labels[:1], cu_seq_lens_q=lengths)["prompt_lengths"].tolist() == [5]
+
+
+def add(features=(), is_finding=True, **batch):
+    return PromptLengthsAdder(lambda features: dict(batch), is_finding)(features)
+
+
+def test_lengths_are_added_where_they_can_be(ids):
+    batch = dict(input_ids=ids, attention_mask=MASK, labels=labels_of(ids, [(5, 12)], [(8, 12)]))
+    assert add(**batch)["prompt_lengths"].tolist() == [5, 4]
+    assert add(is_finding=False, **batch) == batch
+    own = torch.tensor([1, 1])
+    assert add(prompt_lengths=own, **batch)["prompt_lengths"] is own
+    columns = [{"prompt_lengths": 3}, {"prompt_lengths": 2}]
+    for is_finding in (True, False):
+        assert add(columns, is_finding, **batch)["prompt_lengths"].tolist() == [3, 2]
+    assert PromptLengthsAdder(lambda features: [ids])([]) == [ids]
+    del batch["attention_mask"]  # without which -100 on the left may be padding
+    assert add(**batch) == batch
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_batches_are_left_alone(ids, case):
+    options = dict(REFUSED[case][0])
+    answers = options.pop("answers", ([(5, 12)], [(8, 12)]))
+    batch = dict(input_ids=ids, attention_mask=MASK, labels=labels_of(ids, *answers)) | options
+    found = add(**batch)
+    assert found.keys() == batch.keys() and all(found[name] is batch[name] for name in batch)

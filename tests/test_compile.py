@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig
 
+from peft_reft import prompt_lengths
+
 PACKED = dict(position_ids=torch.arange(6).repeat(2)[None].expand(2, -1))
 
 
@@ -146,6 +148,24 @@ def prepared(mask):
     """As attention is given it [batch, 1, tokens, tokens]; transformers looks at the values of one that is not."""
     tokens = mask.shape[1]
     return (torch.ones(tokens, tokens).tril().bool() & mask.bool()[:, None, None]) | torch.eye(tokens).bool()
+
+
+def test_lengths_that_are_told_around_compiled_calls(adapt, ids):
+    """One graph for all lengths, and another one where nothing is told."""
+    model, by_hand = adapt(positions="f2+l2")
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for lengths in ([5, 8], [3, 12], [4, 4]):
+        columns = {"prefix": [[0, 1][: n // 2] for n in lengths], "suffix": [[n - 2, n - 1] for n in lengths]}
+        with prompt_lengths(model, torch.tensor(lengths)), torch.no_grad():
+            found = compiled(input_ids=ids).logits
+        torch.testing.assert_close(found, by_hand.logits(columns, input_ids=ids), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+    columns = {"prefix": [[0, 1], [0, 1]], "suffix": [[10, 11], [10, 11]]}
+    with torch.no_grad():
+        found = compiled(input_ids=ids).logits
+    torch.testing.assert_close(found, by_hand.logits(columns, input_ids=ids), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -101,7 +101,7 @@ def assert_unit(tensors, where: str, unit) -> None:
 def test_prefixes_come_first(tmp_path, base):
     units = [make_unit() for _ in range(4)]
     config, tensors = converted(save_pyreft(tmp_path / "a", [0, 2, 0, 2], units), base, positions="f2+l2")
-    assert (config.intervention, config.positions, config.share_weights) == ("loreft", "f2+l2", False)
+    assert (config.intervention, config.positions, config.share_weights) == ("loreft", "f2+l2-middle", False)
     assert (config.r, config.layers_to_transform, config.task_type) == (R, [0, 2], "CAUSAL_LM")
     assert config.base_model_name_or_path == base
     for where, unit in zip(("0.prefix", "2.prefix", "0.suffix", "2.suffix"), units, strict=True):
@@ -300,6 +300,9 @@ def test_tensors_that_have_no_place(tmp_path, base):
     assert converted(save_pyreft(tmp_path / "a", [0], [unit], "Noreft"), base, positions="f2")
     source = save_pyreft(tmp_path / "b", [0], [unit | {"act_fn.weight": torch.ones(1)}], "Noreft")
     with pytest.raises(ValueError, match="holds act_fn.weight, which cannot be converted"):
+        converted(source, base, positions="f2", act_fn="prelu")
+    source = save_pyreft(tmp_path / "c", [0], [unit], "Noreft")
+    with pytest.raises(ValueError, match="act_fn='prelu' has parameters"):
         converted(source, base, positions="f2", act_fn="prelu")
 
 

@@ -4,8 +4,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_reft import ReftConfig
+from peft_reft.config import VARIANTS
 from peft_reft.intervention import edit
-from peft_reft.layer import ReftLayer, adapted_modules, edit_rows, layer_of
+from peft_reft.layer import Key, ReftLayer, adapted_modules, edit_rows, layer_of
 from peft_reft.positions import Rows
 
 
@@ -89,6 +90,32 @@ def test_gradients(indexed, options):
     assert torch.equal(found[0][0][:, [1, 3, 4]], weights[:, [1, 3, 4]])
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("act_fn", [None, "tanh"])
+@pytest.mark.parametrize("intervention", VARIANTS)
+def test_second_derivatives(intervention, act_fn, indexed):
+    """In float64, compared with differences of first ones; those of tokens that stay are among them."""
+    torch.manual_seed(0)
+    layer = ReftLayer(6)
+    layer.update_layer("default", 2, ReftConfig(init_weights=False, intervention=intervention, act_fn=act_fn))
+    names = [name for name, _ in layer.double().named_parameters()]
+
+    class Edited(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden_states):
+            return edit_all(hidden_states, self.layer.units("default"), indexed)
+
+    def edited(hidden_states, *parameters):
+        given = {f"layer.{name}": parameter for name, parameter in zip(names, parameters, strict=True)}
+        return torch.func.functional_call(Edited(), given, hidden_states)
+
+    hidden_states = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(edited, (hidden_states, *layer.parameters()))
+
+
 def test_dropout_of_edited_tokens_alone():
     units = make_layer(dropout=0.999).units("default")
     hidden_states = torch.randn(1, 5, 16)
@@ -165,3 +192,34 @@ def test_finding_layers():
     block.add_module("_reft", make_layer())
     assert layer_of(block) is block._reft
     assert list(adapted_modules(torch.nn.Sequential(torch.nn.ReLU(), block))) == ["1"]
+
+
+KEYS = {
+    "base_model.model.model.layers.0._reft._reft_prefix.default._R": (
+        "base_model.model.model.layers.0",
+        "prefix",
+        "R",
+        "default",
+    ),
+    "model.layers.0.mlp._reft._reft_unit.my-adapter._b": ("model.layers.0.mlp", "unit", "b", "my-adapter"),
+    "0._reft._reft_suffix._W": ("0", "suffix", "W", None),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys(key):
+    assert Key.read(key) == KEYS[key] and str(Key(*KEYS[key])) == key
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.reft_prefix.default.R",
+        "0._reft._reft_other._R",
+        "0._reft._reft_unit",
+        "0._reft._reft_unit.one.two._R",
+    ],
+)
+def test_keys_of_something_else(key):
+    assert Key.read(key) is None

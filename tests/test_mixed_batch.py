@@ -187,7 +187,7 @@ def test_all_rows_are_edited_in_one_pass(model, monkeypatch):
     calls.clear()
     ids, mask = make_rows(len(NAMES))
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=NAMES, **GREEDY)
-    assert [shape[2] for shape in calls] == [12, 3] * 3 + [1] * 15
+    assert [shape[2] for shape in calls] == [3, 12] * 3 + [1] * 15
 
 
 def test_gradients_reach_each_adapter_from_its_own_rows(model):

@@ -145,12 +145,23 @@ def test_float32_products_may_be_less():
     assert (rows.double() @ rows.double().T - torch.eye(8)).abs().max() < 1e-6
 
 
-def test_second_derivatives_are_refused():
-    """The backward takes L^-1 for a constant."""
-    weight = torch.randn(3, 7, requires_grad=True)
-    (gradient,) = torch.autograd.grad(orthonormal_rows(weight).sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+def test_second_derivatives():
+    torch.manual_seed(0)
+    weight = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(orthonormal_rows, weight)
+
+
+@pytest.mark.parametrize("float64", [True, False])
+def test_derivatives_as_transforms_take_them(monkeypatch, float64):
+    """They see the operations, also those of two passes: the same derivative as in the backward pass."""
+    if not float64:
+        monkeypatch.setattr(orthogonal, "WITH_FLOAT64", set())
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    (found,) = torch.func.vjp(orthonormal_rows, weight)[1](gradient)
+    weight.requires_grad_()
+    (expected,) = torch.autograd.grad(orthonormal_rows(weight), weight, gradient)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_meta():

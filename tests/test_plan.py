@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -98,7 +99,7 @@ def test_prefix_of_conversations(adapt, ids):
     assert_edits(adapt(positions="f2"), {"unit": [[0, 1]] * 2}, input_ids=ids, labels=labels)
     short = labels_of(ids, [(1, 12)], [(3, 5), (9, 12)])
     assert_edits(adapt(positions="f2"), {"unit": [[0], [0, 1]]}, input_ids=ids, labels=short)
-    columns = {"prefix": [[0, 1], [0]], "suffix": [[3, 4, 5, 8, 9, 10], [2, 6, 7, 8]]}
+    columns = {"prefix": [[0, 1], [0]], "suffix": [[3, 4, 5, 8, 9, 10], [1, 2, 6, 7, 8]]}
     assert_edits(adapt(positions="f2+l3"), columns, input_ids=ids, labels=labels)
 
 
@@ -296,7 +297,7 @@ def test_backward_with_an_adapter_that_the_forward_did_not_use(adapt, ids, reent
     model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
     loss = model(input_ids=ids, labels=labels_of(ids, *TWO["answers"])).loss
     model.set_adapter("other")
-    with pytest.raises(RuntimeError, match="recomputed in the backward pass with adapters that its forward did not"):
+    with pytest.raises(RuntimeError, match="with adapters that its forward did not use.*Call backward.. before"):
         loss.backward()
 
 
@@ -374,3 +375,19 @@ def test_kept_plan_knows_how_many_tokens_there_were():
     """Without its arguments, a recomputed block must still tell the model's tokens from those that it added."""
     plan = Plan(Call(Role(Family(), "whole", 0, ()), nn.Identity(), True, {"input_ids": torch.zeros(2, 12)}))
     assert plan.kept.call.tokens == 12
+
+
+def test_training_batch_without_edits_is_warned_of_once(adapt, ids):
+    """Only where no row has any, and in training."""
+    model, _ = adapt(positions="f2+l2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, prompt_lengths=torch.tensor([0, 0]))
+        model.train()(input_ids=ids, prompt_lengths=torch.tensor([0, 1]))
+    with pytest.warns(UserWarning, match=r"No token of a training batch.*positions='f2\+l2'.*trains nothing"):
+        loss = model(input_ids=ids, prompt_lengths=torch.tensor([0, 0])).logits.sum()
+    loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=ids, prompt_lengths=torch.tensor([0, 0]))

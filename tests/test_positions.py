@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from by_hand import assert_edits, labels_of
 
 from peft_reft.positions import Positions, PositionsOfRows, Spans, to_rows
 
@@ -19,6 +20,7 @@ from peft_reft.positions import Positions, PositionsOfRows, Spans, to_rows
 def test_parse(text, expected):
     positions = Positions.parse(text)
     assert (positions.prefix, positions.suffix, positions.span) == expected and positions.text == text
+    assert positions.middle
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,10 @@ def test_parse(text, expected):
         "f1.5",
         "F7",
         "everything",
+        "f7-middle",
+        "l7-middle",
+        "prompt-middle",
+        "f7+l7-mid",
     ],
 )
 def test_parse_refuses(text):
@@ -61,16 +67,42 @@ def test_units():
         assert Positions.parse(text).units(share_weights=False) == ("unit",)
 
 
-def reference_locations(length, first_n, last_n):
-    """What pyreft's `get_intervention_locations` lists, written from its description: both ends are cut to half."""
+def locations(length, first_n, last_n, middle):
+    """Both ends are cut to half; pyreft's `get_intervention_locations` does without the middle of an odd prompt."""
     if first_n and last_n:
-        first_n, last_n = min(first_n, length // 2), min(last_n, length // 2)
+        first_n, last_n = min(first_n, length // 2), min(last_n, length // 2 + (length % 2 if middle else 0))
     else:
         first_n, last_n = min(first_n, length), min(last_n, length)
     return list(range(first_n)), list(range(length - last_n, length))
 
 
-@pytest.mark.parametrize("text", ["f1+l1", "f3+l3", "f2+l5", "f5+l1", "f4", "l4"])
+SHORT = {  # prefix and suffix of f2+l2 in prompts of so many tokens
+    1: ([], [0]),
+    2: ([0], [1]),
+    3: ([0], [1, 2]),
+    4: ([0, 1], [2, 3]),
+    5: ([0, 1], [3, 4]),
+}
+
+
+@pytest.mark.parametrize("length", SHORT)
+def test_short_prompts(adapt, ids, length):
+    """The suffix gets the odd token."""
+    prefix, suffix = SHORT[length]
+    columns = {"prefix": [prefix] * 2, "suffix": [suffix] * 2}
+    labels = labels_of(ids, [(length, 12)], [(length, 12)])
+    assert_edits(adapt(positions="f2+l2"), columns, input_ids=ids, labels=labels)
+    assert_edits(adapt(positions="f2+l2"), columns, input_ids=ids, prompt_lengths=torch.tensor([length] * 2))
+    assert_edits(adapt(positions="f2+l2"), columns, input_ids=ids[:, :length])
+    if length % 2 and length < 4:
+        suffix = suffix[1:]
+    columns = {"prefix": [prefix] * 2, "suffix": [suffix] * 2}
+    assert_edits(adapt(positions="f2+l2-middle"), columns, input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "text", ["f1+l1", "f3+l3", "f2+l5", "f5+l1", "f4", "l4", "f1+l1-middle", "f3+l3-middle", "f5+l2-middle"]
+)
 def test_select_for_every_length(text):
     positions = Positions.parse(text)
     for length in range(1, 13):
@@ -79,7 +111,7 @@ def test_select_for_every_length(text):
             valid, torch.arange(12)[None], torch.tensor([[length]]), torch.tensor([[length]]), one_prompt=True
         )
         masks = positions.select(spans, positions.units(share_weights=False))
-        prefix, suffix = reference_locations(length, positions.prefix, positions.suffix)
+        prefix, suffix = locations(length, positions.prefix, positions.suffix, "middle" not in text)
         listed = [mask[0].nonzero().flatten().tolist() for mask in masks.values()]
         assert listed == ([prefix, suffix] if len(masks) == 2 else [prefix + suffix])
         together = positions.select(spans, ("unit",))["unit"][0].nonzero().flatten().tolist()
@@ -110,8 +142,8 @@ def test_rows_without_a_bound_hold_all_columns():
         found = to_rows(masks, dict(zip(masks, most, strict=True)))
         assert [(rows.units, rows.indices) for rows in found] == [(("prefix",), None), (("suffix",), None)]
         assert all(torch.equal(rows.mask[0], masks[rows.units[0]]) for rows in found)
-    whole, gathered = to_rows(masks, {"prefix": 5, "suffix": None})
-    assert (whole.units, gathered.units) == (("suffix",), ("prefix",))
+    gathered, whole = to_rows(masks, {"prefix": 5, "suffix": None})
+    assert (gathered.units, whole.units) == (("prefix",), ("suffix",))
     assert whole.indices is None and gathered.indices[1].shape == gathered.mask.shape == (1, 2, 5)
 
 
@@ -124,7 +156,7 @@ def test_a_unit_without_tokens_is_left_out():
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_positions_of_rows_are_those_of_each(asked_before):
     """Whatever was asked of them before, for as many rows as prompts were expanded to."""
-    choices = [Positions.parse(text) for text in ("f1+l1", "l2", "all", "prompt")] + [None]
+    choices = [Positions.parse(text) for text in ("f3+l3-middle", "l2", "all", "prompt")] + [None]
     rows = PositionsOfRows(tuple(choices))
     device = torch.device("cpu")
     if asked_before:
@@ -136,8 +168,8 @@ def test_positions_of_rows_are_those_of_each(asked_before):
     spans = Spans(torch.ones(10, 6, dtype=torch.bool), torch.arange(6).expand(10, -1), length, length)
     found = rows.select(spans, ("prefix", "suffix"))
     expected = {
-        "prefix": [[0], [], [], [], []],
-        "suffix": [[4], [3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4], []],
+        "prefix": [[0, 1], [], [], [], []],
+        "suffix": [[3, 4], [3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4], []],
     }
     for unit, columns in expected.items():
         assert [row.nonzero()[:, 0].tolist() for row in found[unit]] == [each for each in columns for _ in range(2)]

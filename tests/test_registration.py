@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -23,8 +24,12 @@ def test_twice_is_harmless():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.REFT] is ReftConfig
 
 
+# Here the import is tested; `tests/test_autoload.py` has what an installation does without it.
+ENVIRONMENT = os.environ | {"PEFT_REFT_AUTOLOAD": "0"}
+
+
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_peft_with_a_reft_of_its_own():

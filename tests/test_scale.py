@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_scaled_edit(checkpointing):
     R, W, b = (p.detach().clone().requires_grad_() for p in (unit.R, unit.W, unit.b))
 
     def hook(module, args, output):
-        return output + scale * (((output / scale) @ W.T + b) @ R)
+        return output + 2 * scale * (((output / scale) @ W.T + b) @ R)  # sqrt(8 / 2)
 
     handle = base.model.layers[0].register_forward_hook(hook)
     base(input_ids=ids, labels=labels).loss.backward()
@@ -180,7 +180,7 @@ def step(model):
 def edit_by_hand(unit, h, variant, act):
     """The design's table with R s and W / s in place of R and W, in float64; h is [tokens, d]."""
     scale = 2.0 ** unit.exponents.double()
-    R, W, b, h = unit.R.double() * scale, unit.W.double() / scale, unit.b.double(), h.double()
+    R, W, b, h = (8 / unit.r) ** 0.5 * unit.R.double() * scale, unit.W.double() / scale, unit.b.double(), h.double()
     source = act(h @ W.T + b)
     return h + (source - h @ R.T if variant == "noreft" and act is not EQUAL else source) @ R
 
@@ -191,7 +191,8 @@ def EQUAL(x):
 
 @pytest.mark.parametrize(
     "variant, act_fn",
-    [(v, None) for v in ("loreft", "noreft", "direft", "direft_orthogonal")] + [("noreft", "tanh"), ("direft", "tanh")],
+    [(v, None) for v in ("loreft", "noreft", "direft", "direft_orthogonal")]
+    + [("noreft", "tanh"), ("direft", "tanh")],
 )
 @torch.no_grad()
 def test_formula(variant, act_fn):

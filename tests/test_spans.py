@@ -7,7 +7,7 @@ from by_hand import IGNORED, MASK, TWO, assert_edits, labels_of, make_gpt2, make
 STRAIGHT = {
     "f2+l2": {"prefix": [[0, 1], [0, 1]], "suffix": [[3, 4], [6, 7]]},
     "f3+l1": {"prefix": [[0, 1], [0, 1, 2]], "suffix": [[4], [7]]},  # half of 5 is 2
-    "f5+l5": {"prefix": [[0, 1], [0, 1, 2, 3]], "suffix": [[3, 4], [4, 5, 6, 7]]},  # cut to half the prompt
+    "f5+l5": {"prefix": [[0, 1], [0, 1, 2, 3]], "suffix": [[2, 3, 4], [4, 5, 6, 7]]},  # cut to half the prompt
     "f6": {"unit": [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]},  # one end alone is cut to the prompt
     "l6": {"unit": [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6, 7]]},
     "prompt": {"unit": [list(range(5)), list(range(8))]},
@@ -140,7 +140,7 @@ def test_prompt_that_fills_its_row(adapt, ids):
     labels = labels_of(ids, [(5, 12)], [])
     assert_edits(adapt(positions="l2"), {"unit": [[3, 4], [10, 11]]}, input_ids=ids, labels=labels)
     mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
-    columns = {"prefix": [[0, 1], [0, 1, 2, 3]], "suffix": [[3, 4], [4, 5, 6, 7]]}
+    columns = {"prefix": [[0, 1], [0, 1, 2, 3]], "suffix": [[2, 3, 4], [4, 5, 6, 7]]}
     assert_edits(adapt(positions="f5+l5"), columns, input_ids=ids, attention_mask=mask, labels=labels)
 
 

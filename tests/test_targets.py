@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -159,10 +161,12 @@ def test_rank_pattern():
 
 
 def test_widths_of_named_modules():
-    targets = find_targets(make_llama(), ReftConfig(target_modules=["mlp", "up_proj", "norm"]))
+    targets = find_targets(make_llama(), ReftConfig(target_modules=["mlp", "up_proj", "norm"], inference_mode=True))
     assert {d for name, (d, _) in targets.items() if name.endswith("up_proj")} == {64}
     assert {d for name, (d, _) in targets.items() if name.endswith(("mlp", "norm"))} == {32}
-    assert {d for d, _ in find_targets(make_gpt2(), ReftConfig(target_modules=["c_fc"])).values()} == {128}
+    assert {
+        d for d, _ in find_targets(make_gpt2(), ReftConfig(target_modules=["c_fc"], inference_mode=True)).values()
+    } == {128}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,10 @@ def test_widths_of_named_modules():
             dict(target_modules=["attention"]),
             "target_modules=.'attention'.: 'attention' matches no module of LlamaForCausalLM",
         ),
-        (dict(target_modules="attention"), "'attention' matches no module"),
+        (
+            dict(target_modules="mlp"),
+            r"'mlp' matches no module.*regular expression of complete names; a list, \['mlp'\], matches the ends",
+        ),
         (dict(target_modules=["mlp", "nothing"]), "'nothing' matches no module"),
         (dict(target_modules=["model"]), "'model' cannot be adapted: it is a whole model"),
         (dict(target_modules=["mlp"], layers_pattern="blocks"), "layers_pattern='blocks' choose among layers"),
@@ -193,6 +200,35 @@ def test_widths_of_named_modules():
 def test_what_cannot_be_adapted(options, message):
     with pytest.raises(ValueError, match=message):
         find_targets(make_llama(), ReftConfig(**options))
+
+
+def make_bert():
+    return AutoModel.from_config(AutoConfig.for_model("bert", **TINY))
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "inner"),
+    [
+        (make_llama, ["q_proj", "v_proj"], "self_attn.q_proj, self_attn.v_proj"),
+        (make_llama, ["k_proj", "o_proj"], "self_attn.k_proj"),
+        (make_llama, r".*\.(gate|up|down)_proj", "mlp.gate_proj, mlp.up_proj"),
+        (make_gpt2, ["c_attn", "c_fc"], "attn.c_attn, mlp.c_fc"),
+        (make_bert, ["dense"], "intermediate.dense"),
+        (make_llama, ["o_proj", "down_proj"], None),
+        (make_gpt2, ["c_proj"], None),
+        (make_llama, ["self_attn", "mlp", "norm", "embed_tokens"], None),
+        (make_llama, None, None),
+    ],
+)
+def test_layers_that_put_out_no_hidden_states(make, names, inner):
+    """As in a config that was written for LoRA: no error, as they can be edited, but not what ReFT is for."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        find_targets(make(), ReftConfig(target_modules=names))
+        find_targets(make(), ReftConfig(target_modules=names, inference_mode=True))  # of an adapter that is loaded
+    messages = [str(warning.message) for warning in caught if "target_modules" in str(warning.message)]
+    assert len(messages) == (inner is not None)
+    assert inner is None or f"the outputs of {inner} are queries, keys, values or activations" in messages[0]
 
 
 def test_two_towers_have_no_one_list_of_layers():

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,8 +26,12 @@ def test_twice_is_harmless():
     assert methods() == before
 
 
+# Here the import is tested; `tests/test_autoload.py` has what an installation does without it.
+ENVIRONMENT = os.environ | {"PEFT_REFT_AUTOLOAD": "0"}
+
+
 def run(code, *args):
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code, *args], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_import_brings_nothing_heavy():

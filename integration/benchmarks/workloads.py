@@ -4,6 +4,7 @@ A workload is a function that yields, for each place on a scaling curve (None if
 first of them is what the others are compared with.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -355,7 +356,8 @@ class Import(Contender):
 
     def run(self) -> dict[str, float]:
         root = Path(__file__).parents[2]
-        ended = subprocess.run(self.command, cwd=root, capture_output=True, text=True, check=True)
+        env = os.environ | {"PEFT_REFT_AUTOLOAD": "0"}  # of an installation, which imports peft_reft with PEFT
+        ended = subprocess.run(self.command, cwd=root, env=env, capture_output=True, text=True, check=True)
         return {"import": float(ended.stdout)}
 
 

@@ -5,7 +5,8 @@
 `folder`/runs.json holds a list of runs. Each has a `name`, a `base` (the folder of a model) and `data` (rows for SFT,
 or for DPO), and as it likes `eval_data`, `reft` (fields of ReftConfig), `sft` (fields of SFTConfig or DPOConfig),
 `dtype` (of the base), `quantized` (fields of BitsAndBytesConfig), `environment` (in place of what the launcher sets),
-`resume` (the folder of a checkpoint) and `directly` (true to have the adapter saved by save_pretrained, too).
+`resume` (the folder of a checkpoint), `directly` (true to have the adapter saved by save_pretrained, too) and
+`streamed` (true for an iterable data set, which one process reads for all).
 
 Each rank writes `folder`/name/rank<n>.json: losses, norms of gradients, evaluations. Rank 0 writes the whole gradients
 of the first and the last step to gradients.safetensors; the trainer saves the adapter to `folder`/name/adapter,
@@ -122,6 +123,7 @@ def make_trainer_of(run: dict, folder: Path):
     eval_data = Dataset.from_list(run["eval_data"]) if "eval_data" in run else None
     config = reft(**run.get("reft", {}))
     data = Dataset.from_list(run["data"])
+    data = data.to_iterable_dataset() if run.get("streamed") else data
     if "chosen" in data.column_names:
         arguments = DPOConfig(**common(folder / "checkpoints", **options))
         return DPOTrainer(

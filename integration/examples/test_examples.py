@@ -23,8 +23,8 @@ def run(folder, script, *options):
     return process.stdout + process.stderr
 
 
-COMMON = ["--dtype", "float32", "--max_steps", 2, "--use_cpu", "--bf16", "false", "--report_to", "none"]
-REFT = ["--reft_r", 2, "--reft_positions", "f1+l2", "--reft_share_weights", "--reft_layers", 0, -1]
+COMMON = ["--dtype", "float32", "--max_steps", 2, "--report_to", "none"]
+REFT = ["--reft_r", 2, "--reft_positions", "f1+l2", "--reft_share_weights", "--reft_layers_to_transform", 0, -1]
 
 
 def saved_config(folder):
@@ -64,6 +64,16 @@ def test_sft_that_was_interrupted(tmp_path, base, pairs):
     assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
     state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["global_step"] == 6
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "grpo.py"])
+def test_arguments_of_lora_and_help(tmp_path, script):
+    """`tests/test_arguments.py` has more of the parser that the scripts share."""
+    command = [sys.executable, str(EXAMPLES / script)]
+    process = subprocess.run([*command, "--use_peft", "--lora_r", "8"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and "--use_peft, --lora_r: arguments of LoRA" in process.stderr
+    text = run(tmp_path, script, "--help")
+    assert "--reft_intervention" in "".join(text.splitlines()[:12]) and len(text.splitlines()) < 150
 
 
 def test_dpo(tmp_path, base, pairs):

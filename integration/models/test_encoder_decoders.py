@@ -118,7 +118,7 @@ def test_encoder(tmp_path, ids, family):
 
 
 TOLD = {  # the first answer tokens are the decoder's 1st and 4th, so its prompts have 1 and 4 tokens
-    "f2+l2": {"prefix": [[], [0, 1]], "suffix": [[], [2, 3]]},
+    "f2+l2": {"prefix": [[], [0, 1]], "suffix": [[0], [2, 3]]},
     "f3": {"unit": [[0], [0, 1, 2]]},
     "l1": {"unit": [[0], [3]]},
     "prompt": {"unit": [[0], [0, 1, 2, 3]]},

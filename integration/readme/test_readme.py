@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from by_hand import make_llama
+from peft import get_peft_model
+
+from peft_reft import ReftConfig
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -34,7 +36,7 @@ def test_first_snippet(folder, chats):
     assert 'load_dataset("trl-lib/Capybara", split="train")' in code
     code = code.replace('load_dataset("trl-lib/Capybara", split="train")', "data")
     assert "assistant_only_loss=True" in code, "without it, conversations do not say where prompts end"
-    options = "assistant_only_loss=True, max_steps=2, use_cpu=True, bf16=False, report_to='none'"
+    options = "assistant_only_loss=True, max_steps=2, report_to='none'"  # on the device that there is
     exec(code.replace("assistant_only_loss=True", options), {"data": chats})
     assert (folder / "Qwen3-0.6B-ReFT" / "adapter_model.safetensors").exists()
 
@@ -51,11 +53,13 @@ def test_use_snippet(folder, capsys):
     assert names["tokens"].shape[0] == 3
 
 
-def test_data_collator_snippet():
-    batch = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([[-100, 1, 2, 3], [-100, -100, 6, 7]])}
-    trainer = SimpleNamespace(data_collator=lambda features: dict(batch))
-    exec(python_blocks()[3], {"trainer": trainer})
-    assert trainer.data_collator([])["prompt_lengths"].tolist() == [1, 2]
+def test_lengths_snippet():
+    model = get_peft_model(make_llama(), ReftConfig(task_type="CAUSAL_LM", positions="l1", init_weights=False)).eval()
+    names = {"model": model, "lengths": torch.tensor([2, 3]), "input_ids": torch.arange(1, 9).view(2, 4)}
+    score = lambda model, input_ids: model(input_ids=input_ids).logits  # noqa: E731
+    exec(python_blocks()[3], names | {"score": score}, found := {})
+    expected = model(input_ids=names["input_ids"], prompt_lengths=names["lengths"]).logits
+    assert torch.equal(found["scores"], expected) and not torch.equal(score(model, names["input_ids"]), expected)
 
 
 def test_lora_snippets(folder, capsys):

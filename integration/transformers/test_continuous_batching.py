@@ -15,9 +15,9 @@ from transformers import (
 from peft_reft import ReftConfig
 from peft_reft.intervention import Intervention
 
-COLUMNS = {  # of a prompt of n tokens; f5+l5 are cut to half of it
+COLUMNS = {  # of a prompt of n tokens; f5+l5 are cut to half of it, and the last tokens get an odd one
     "f2+l2": lambda n: {"prefix": [0, 1], "suffix": [n - 2, n - 1]},
-    "f5+l5": lambda n: {"prefix": [*range(n // 2)][:5], "suffix": [*range(n - n // 2, n)][-5:]},
+    "f5+l5": lambda n: {"prefix": [*range(n // 2)][:5], "suffix": [*range(n // 2, n)][-5:]},
     "l3": lambda n: {"unit": [n - 3, n - 2, n - 1]},
     "prompt": lambda n: {"unit": [*range(n)]},
     "all": lambda n: {"unit": [*range(99)]},

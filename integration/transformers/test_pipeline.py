@@ -39,8 +39,8 @@ def adapted(request, base, tokenizer, tmp_path):
 def by_hand_alone(by_hand, tokenizer, text):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     end = ids.shape[1]
-    n = min(2, end // 2)  # the prompt of three tokens is edited at one of each end
-    columns = {"prefix": [[*range(n)]], "suffix": [[*range(end - n, end)]]}
+    n = min(2, end // 2)  # the prompt of three tokens is edited at the first and at the last two
+    columns = {"prefix": [[*range(n)]], "suffix": [[*range(max(end - 2, n), end)]]}
     found = by_hand.generate(columns, ids, new_tokens=5)
     assert not torch.equal(found, by_hand.generate({"prefix": [[]], "suffix": [[]]}, ids, new_tokens=5))
     return found[0].tolist()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from by_hand import ByHand, make_llama
+from datasets import Dataset
 from peft import get_peft_model
 from trainers import (
     assert_equal_tensors,
@@ -59,18 +60,28 @@ def make(case, folder, base, data, tokenizer, config=None, eval_data=None, **opt
     return make_trainer(base, folder, data, tokenizer, eval_data, config, trainer_options, **more | options)
 
 
-@pytest.mark.parametrize("case", LOSSES)
-def test_loss_without_labels_says_what_to_do(tmp_path, base, tokenizer, pairs, case):
-    trainer = make(case, tmp_path, base, pairs, tokenizer)
-    with pytest.raises(ValueError, match=r"trainer.data_collator = peft_reft.DataCollatorWithPromptLengths\(trainer"):
-        trainer.train()
+@pytest.fixture
+def switched_off(monkeypatch):
+    """Trainers add no prompt_lengths by themselves."""
+    monkeypatch.setenv("PEFT_REFT_PROMPT_LENGTHS", "0")
 
 
 @pytest.mark.parametrize("case", LOSSES)
-def test_data_collator_with_prompt_lengths(tmp_path, base, tokenizer, pairs, case):
+def test_loss_without_labels_says_what_to_do(switched_off, tmp_path, base, tokenizer, pairs, case):
+    """In evaluation and prediction as well, where the model is in eval mode."""
+    trainer = make(case, tmp_path, base, pairs, tokenizer, eval_data=pairs)
+    for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(ValueError, match=r"trainer.data_collator = peft_reft.DataCollatorWithPromptLengths\("):
+            run()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss_of_its_own(tmp_path, base, tokenizer, pairs, case, wrapped):
     """Loss and gradients are those of each sequence alone, in training and in evaluation."""
     trainer = make(case, tmp_path, base, pairs, tokenizer, eval_data=pairs, per_device_eval_batch_size=16)
-    trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
+    if wrapped:
+        trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
     batch, model = first_batch(trainer), trainer.model
     sequences = split(batch)
     assert len({ids.shape[1] for ids, _ in sequences}) > 1  # so there is padding
@@ -86,44 +97,100 @@ def test_data_collator_with_prompt_lengths(tmp_path, base, tokenizer, pairs, cas
     whole = split(next(iter(trainer.get_eval_dataloader())))
     expected = loss_by_hand(case, logits_alone(ByHand(make_llama(), model), whole), whole)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
-def test_transformers_own_trainer(tmp_path, base, tokenizer, pairs):
-    """It takes the labels out of the batch for label smoothing."""
+def make_transformers_trainer(folder, tokenizer, pairs, **options):
+    """transformers' own, on rows of ids whose last three tokens are the answer."""
     ids = tokenizer([row["prompt"] + row["completion"] for row in pairs])["input_ids"]
     rows = [{"input_ids": row, "labels": [-100] * (len(row) - 3) + row[-3:]} for row in ids]
-    model = get_peft_model(make_llama(), reft(init_weights=False))
-    options = common(tmp_path, label_smoothing_factor=SMOOTHING)
-    collator = DataCollatorForSeq2Seq(tokenizer)
-    trainer = Trainer(model, TrainingArguments(**options), data_collator=collator, train_dataset=rows)
-    with pytest.raises(ValueError, match="DataCollatorWithPromptLengths"):
+    rows = Dataset.from_list(rows)
+    return Trainer(
+        get_peft_model(make_llama(), reft(init_weights=False)),
+        TrainingArguments(**common(folder, **options)),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0, SMOOTHING])
+def test_transformers_own_trainer(tmp_path, tokenizer, pairs, smoothing):
+    """It takes the labels out of the batch for label smoothing."""
+    options = dict(label_smoothing_factor=smoothing, per_device_eval_batch_size=16)
+    trainer = make_transformers_trainer(tmp_path, tokenizer, pairs, **options)
+    by_hand = ByHand(make_llama(), trainer.model)
+
+    def by_hand_of(batch):
+        sequences = split(batch)
+        logits = logits_alone(by_hand, sequences)
+        return loss_by_hand("label smoothing", logits, sequences) if smoothing else mean_loss(logits, sequences)
+
+    batch, whole = first_batch(trainer), next(iter(trainer.get_eval_dataloader()))
+    expected = by_hand_of(batch)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model.train(), batch), expected, atol=1e-5, rtol=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand_of(whole).item(), abs=1e-5)
+
+
+def test_transformers_own_trainer_switched_off(switched_off, tmp_path, tokenizer, pairs):
+    trainer = make_transformers_trainer(tmp_path, tokenizer, pairs, label_smoothing_factor=SMOOTHING)
+    for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(ValueError, match="DataCollatorWithPromptLengths"):
+            run()
+
+
+def test_lengths_in_the_data_set(switched_off, tmp_path, base, tokenizer, pairs):
+    """A column is no unused one, though no model's forward names it, and TRL's collator does not know it."""
+    ids = tokenizer([row["prompt"] + row["completion"] for row in pairs])["input_ids"]
+    rows = [{"input_ids": row, "labels": row, "prompt_lengths": len(row) - 3} for row in ids]
+    trainers = (
+        make_trainer(base, tmp_path, Dataset.from_list(rows), tokenizer, None, reft()),
+        Trainer(
+            get_peft_model(make_llama(), reft()),
+            TrainingArguments(**common(tmp_path)),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            train_dataset=Dataset.from_list(rows),
+        ),
+    )
+    for trainer in trainers:
+        batch = first_batch(trainer)
+        assert batch["prompt_lengths"].tolist() == [len(ids[0]) - 3 for ids, _ in split(batch)]
         trainer.train()
-    trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
-    batch = first_batch(trainer)
-    sequences = split(batch)
-    expected = loss_by_hand("label smoothing", logits_alone(ByHand(make_llama(), model), sequences), sequences)
-    torch.testing.assert_close(trainer.compute_loss(model.train(), batch), expected, atol=1e-5, rtol=1e-5)
+        assert losses(trainer)[-1] < losses(trainer)[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("chats", dict(assistant_only_loss=True), "several answers.*override compute_loss"),
-        ("pairs", dict(padding_free=True, max_length=None), "several sequences.*padding_free"),
-        ("pairs", dict(packing=True, max_length=40), "several sequences.*packing"),
-        ("pairs", dict(completion_only_loss=False), "no prompt.*completion_only_loss"),
-    ],
-    ids=["chats", "padding-free", "packing", "no prompt"],
-)
-def test_what_one_length_a_row_cannot_say(request, tmp_path, base, tokenizer, kind, options, message):
+UNSAYABLE = {
+    "chats": ("chats", dict(assistant_only_loss=True), "several answers.*override compute_loss"),
+    "padding-free": ("pairs", dict(padding_free=True, max_length=None), "several sequences.*padding_free"),
+    "packing": ("pairs", dict(packing=True, max_length=40), "several sequences.*packing"),
+    "no prompt": ("pairs", dict(completion_only_loss=False), "no prompt.*completion_only_loss"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAYABLE)
+def test_what_one_length_a_row_cannot_say(request, tmp_path, base, tokenizer, case):
+    kind, options, message = UNSAYABLE[case]
     data = request.getfixturevalue(kind)
-    trainer = make("label smoothing", tmp_path, base, data, tokenizer, **options)
+    trainer = make("label smoothing", tmp_path, base, data, tokenizer, eval_data=data, **options)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match="keeps the labels"):
+            run()
     trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
-    with pytest.raises(ValueError, match=message):
-        trainer.train()
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+@pytest.mark.parametrize("case", UNSAYABLE)
+def test_what_one_length_a_row_cannot_say_stays_with_its_labels(request, tmp_path, base, tokenizer, case):
+    """The batches are those of the trainer's own collator."""
+    kind, options, _ = UNSAYABLE[case]
+    trainer = make_trainer(base, tmp_path, request.getfixturevalue(kind), tokenizer, None, reft(), **options)
+    batch = first_batch(trainer)
+    assert "labels" in batch and "prompt_lengths" not in batch
 
 
 class FocalTrainer(SFTTrainer):
@@ -153,22 +220,29 @@ def test_conversations_with_a_loss_of_their_own(tmp_path, base, tokenizer, chats
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_metrics_of_the_logits(tmp_path, base, tokenizer, pairs, wrapped):
-    """For compute_metrics TRL calls the model a second time, without labels."""
+@pytest.mark.parametrize("run", ["evaluate", "predict"])
+def test_metrics_of_the_logits(tmp_path, base, tokenizer, pairs, run):
+    """For compute_metrics, and for what predict gives, TRL calls the model a second time, without labels."""
     seen = []
     options = dict(compute_metrics=lambda prediction: seen.append(prediction.predictions) or {})
     data = pairs.select(range(3))
     trainer = make_trainer(base, tmp_path, data, tokenizer, data, reft(init_weights=False), options)
-    if not wrapped:
-        with pytest.raises(ValueError, match="compute_metrics.*DataCollatorWithPromptLengths"):
-            trainer.evaluate()
-        return
-    trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
-    loss = trainer.evaluate()["eval_loss"]
+    if run == "predict":
+        output = trainer.predict(trainer.eval_dataset)
+        loss, found = output.metrics["test_loss"], output.predictions
+    else:
+        loss = trainer.evaluate()["eval_loss"]
+        found = seen[0]
     sequences = split(next(iter(trainer.get_eval_dataloader())))
     expected = logits_alone(ByHand(make_llama(), trainer.model), sequences)
     assert loss == pytest.approx(mean_loss(expected, sequences).item(), abs=1e-5)
     for row, logits in enumerate(expected):
-        found = torch.as_tensor(seen[0])[row, : logits.shape[1]]
-        torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.as_tensor(found)[row, : logits.shape[1]], logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_metrics_of_the_logits_switched_off(switched_off, tmp_path, base, tokenizer, pairs):
+    options = dict(compute_metrics=lambda prediction: {})
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, pairs, reft(), options)
+    for run in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(ValueError, match="compute_metrics.*DataCollatorWithPromptLengths"):
+            run()

@@ -9,8 +9,6 @@ from trainers import Watch, assert_equal_tensors, common, first_batch, reft, sco
 from transformers import LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
-from peft_reft import DataCollatorWithPromptLengths
-
 TRAINERS = {"DPO": (DPOTrainer, DPOConfig), "KTO": (KTOTrainer, KTOConfig)}
 REFERENCES = {
     "adapter disabled": {},
@@ -99,15 +97,27 @@ def test_reference_is_the_base_model(tmp_path, tokenizer, preferences, kind, ref
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_evaluation_with_metrics(tmp_path, tokenizer, preferences, kind):
+def test_lengths_are_in_the_batch(tmp_path, tokenizer, preferences, kind):
+    """Unless a reference model is given that has no adapter, and cannot take them."""
+    trainer = make(kind, tmp_path, preferences[kind], tokenizer)
+    batch = first_batch(trainer)
+    marker = tokenizer.convert_tokens_to_ids("<assistant>")
+    assert batch["prompt_lengths"].tolist() == [row.index(marker) + 1 for row in batch["input_ids"].tolist()]
+    trainer.ref_model = make_llama(2)
+    assert "prompt_lengths" not in first_batch(trainer)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_evaluation_with_metrics(monkeypatch, tmp_path, tokenizer, preferences, kind):
     """For compute_metrics the trainers call the model a second time, without labels."""
     seen = []
     options = dict(compute_metrics=lambda prediction: seen.append(prediction.predictions) or {})
     data = preferences[kind].select(range(4))
     trainer = make(kind, tmp_path, data, tokenizer, None, data, options)
-    with pytest.raises(ValueError, match="compute_metrics.*DataCollatorWithPromptLengths"):
-        trainer.evaluate()
-    trainer.data_collator = DataCollatorWithPromptLengths(trainer.data_collator)
+    with monkeypatch.context() as context:
+        context.setenv("PEFT_REFT_PROMPT_LENGTHS", "0")
+        with pytest.raises(ValueError, match="compute_metrics.*DataCollatorWithPromptLengths"):
+            trainer.evaluate()
     Watch(trainer, make_llama(2), tokenizer.convert_tokens_to_ids("<assistant>"))
     trainer.evaluate()
     batch = next(iter(trainer.get_eval_dataloader()))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from trainers import (
     by_hand_of,
     first_batch,
@@ -18,6 +19,9 @@ from trainers import (
     trained_tensors,
 )
 from transformers import LlamaForCausalLM, TrainerCallback, set_seed
+
+from peft_reft import layer
+from peft_reft.layer import edit_rows
 
 
 @pytest.mark.parametrize("kind", ["pairs", "chats"])
@@ -155,3 +159,64 @@ def test_data_without_prompts(tmp_path, base, tokenizer, pairs):
         trainer = make_trainer(base, tmp_path, texts, tokenizer, peft_config=reft(positions=positions))
         trainer.train()
         assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def given_tokens(trainer, monkeypatch):
+    """How many tokens of each row each unit of a training step is given."""
+    given = {}
+
+    def record(hidden_states, units, rows):
+        for unit in rows.units:
+            given.setdefault(unit, set()).add(rows.mask.shape[2])
+        return edit_rows(hidden_states, units, rows)
+
+    with monkeypatch.context() as context:
+        context.setattr(layer, "edit_rows", record)
+        trainer.compute_loss(trainer.model.train(), first_batch(trainer))
+    return given
+
+
+def test_edits_take_few_tokens(tmp_path, base, tokenizer, pairs, chats, monkeypatch):
+    """As many as positions name, for a row has one answer, and not all that labels could end a prompt at."""
+    options = dict(peft_config=reft(), gradient_checkpointing=False)
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, **options)
+    assert given_tokens(trainer, monkeypatch) == {"prefix": {2}, "suffix": {2}}
+    monkeypatch.setenv("PEFT_REFT_PROMPT_LENGTHS", "0")
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, **options)
+    batch = first_batch(trainer)
+    assert "prompt_lengths" not in batch
+    assert given_tokens(trainer, monkeypatch) == {"prefix": {2}, "suffix": {batch["input_ids"].shape[1]}}
+
+
+def test_collator_stays_where_it_is(tmp_path, base, tokenizer, pairs):
+    """TRL looks at its class, and users wrap it or put another in its place."""
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, pairs, reft())
+    collator = trainer.data_collator
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert "prompt_lengths" in next(iter(loader))
+    assert trainer.data_collator is collator and type(collator).__module__.startswith("trl.")
+    trainer.data_collator = lambda features: collator(features) | {"prompt_lengths": torch.ones(len(features)).long()}
+    assert first_batch(trainer)["prompt_lengths"].tolist() == [1] * 4
+
+
+def test_other_models_and_choices_are_left_alone(tmp_path, base, tokenizer, pairs):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    for config in (reft(positions="all"), lora, None):
+        trainer = make_trainer(base, tmp_path, pairs, tokenizer, peft_config=config)
+        assert "prompt_lengths" not in first_batch(trainer)
+
+
+def test_prompt_of_one_token(tmp_path, base, tokenizer, pairs):
+    """An empty prompt after a token that begins each sequence: the suffix is trained."""
+    ids = tokenizer([row["completion"] for row in pairs])["input_ids"]
+    rows = Dataset.from_list([{"input_ids": [5, *row], "labels": [-100, *row]} for row in ids])
+    trainer = make_trainer(base, tmp_path, rows, tokenizer, peft_config=reft(positions="f7+l7", init_weights=False))
+    batch = first_batch(trainer)
+    sequences = split(batch)
+    columns = {"prefix": [[]], "suffix": [[0]]}
+    expected = mean_loss(logits_alone(by_hand_of(trainer, base), sequences, lambda labels: columns), sequences)
+    found = trainer.compute_loss(trainer.model.train(), dict(batch))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history if "grad_norm" in entry)

@@ -31,7 +31,8 @@ def convert_pyreft(
         source (`str` or `Path`): a folder that pyreft's `save` has written, or an id on the Hub.
         destination (`str` or `Path`): the folder to write, new or empty.
         base_model (`str`): the base model, a folder or an id on the Hub. Only its config is read.
-        positions (`str`): as in `ReftConfig`; pyreft does not save them.
+        positions (`str`): as in `ReftConfig`; pyreft does not save them. `"f7+l7"` becomes `"f7+l7-middle"`: pyreft
+            edits no middle token of an odd prompt that is too short for both ends.
         share_weights (`bool`, *optional*): whether first and last tokens were edited by the same weights. None for
             what the number of interventions of each module tells, two if they were not; one can mean either (an
             error asks for it then). No matter where one end alone is edited.

@@ -96,7 +96,10 @@ def read_pyreft(
         interventions[key] = pyreft_unit(tensors, intervention, act_fn, f"intkey_{key}")
         keys.setdefault(module, []).append(key)
     order = [str(key).replace(".", "_") for key in config.get("sorted_keys") or interventions]  # of the locations
-    names = Positions.parse(positions).units(is_shared(keys, positions, share_weights))
+    chosen = Positions.parse(positions)
+    names = chosen.units(is_shared(keys, positions, share_weights))
+    if chosen.prefix and chosen.suffix and chosen.middle:
+        positions += "-middle"  # which pyreft's `get_intervention_locations` gives to neither end
     units = {
         module: dict(zip(names, (interventions[key] for key in in_order(own, order, first_unit)), strict=True))
         for module, own in keys.items()
