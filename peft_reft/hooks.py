@@ -26,6 +26,8 @@ from .layout import edit_in_layout
 from .lengths import current_lengths
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch
 
+PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
+
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of an adapted module: pass its output, a tensor or the first of several, through the child."""
@@ -171,7 +173,8 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: b
     running = plans.current_plan()
     if running is not None and running.call.owner is module and not running.is_in_own_forward:
         running.is_in_own_forward = is_own  # what was put on the model has called what was there before
-        return
+        if not any(kwargs.get(name) is not None for name in PROMPT_ENDS if name not in running.call.arguments):
+            return
     checkpoint_edits(module, args)
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
     if role.kind == "signal":
