@@ -97,7 +97,7 @@ def loss_of(logits):
 
 
 def biases(parameters):
-    return {name: tensor for name, tensor in parameters.items() if name.endswith(".b")}
+    return {name: tensor for name, tensor in parameters.items() if name.endswith("._b")}
 
 
 def rows_of(parameters):
