@@ -74,8 +74,9 @@ def find_prompt_lengths(batch: MutableMapping[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: if one length a row cannot say where the prompts are.
     """
-    ids, labels, mask = batch.get("input_ids"), batch.get("labels"), batch.get("attention_mask")
-    completion_mask = batch.get("completion_mask")
+    ids: Any = batch.get("input_ids")
+    labels: Any = batch.get("labels")
+    mask, completion_mask = batch.get("attention_mask"), batch.get("completion_mask")
     if labels is None and isinstance(completion_mask, torch.Tensor):
         labels = completion_mask.masked_fill(completion_mask == 0, IGNORED_LABEL)
     given = [ids, labels] if mask is None else [ids, labels, mask]

@@ -26,6 +26,8 @@ from .layout import edit_in_layout
 from .lengths import current_lengths
 from .mixed_batch import BASE, MixedBatch, current_mixed_batch
 
+PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
+
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of an adapted module: pass its output, a tensor or the first of several, through the child."""
@@ -165,13 +167,14 @@ def run_forward(module: Any, forward: Callable[..., Any], args: tuple, kwargs: d
 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: bool = True) -> None:
     """Make the plan of a call of a model, and keep `prompt_lengths` from the model."""
-    role: Role | None = vars(module).get("_reft_role")  # type: ignore[assignment]
+    role: Role | None = vars(module).get("_reft_role")
     if role is None:
         return
     running = plans.current_plan()
     if running is not None and running.call.owner is module and not running.is_in_own_forward:
         running.is_in_own_forward = is_own  # what was put on the model has called what was there before
-        return
+        if not any(kwargs.get(name) is not None for name in PROMPT_ENDS if name not in running.call.arguments):
+            return
     checkpoint_edits(module, args)
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
     if role.kind == "signal":
@@ -301,7 +304,7 @@ def name_rows(
 def family_of(model: nn.Module) -> Family:
     """What stands for a model, new if it has not been adapted before."""
     families = (vars(module).get("_reft_family") for _, module in base_modules(model))
-    return next((family for family in families if family is not None), None) or Family()  # type: ignore[misc]
+    return next((family for family in families if family is not None), None) or Family()
 
 
 def hook_module(module: nn.Module, layer: ReftLayer) -> None:
@@ -350,7 +353,7 @@ def roles_around(modules: Mapping[str, nn.Module], name: str, config: PeftConfig
 
 def hook_model(model: nn.Module, config: PeftConfig) -> None:
     """Have each call of the models around adapted modules make a plan, and each `generate` remember its prompt."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     adapted = [name for name, module in modules.items() if layer_of(module) is not None]
     callers: dict[str, tuple[str, bool]] = {}
     for name in adapted:
@@ -361,12 +364,12 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
         adapt_class(module, METHODS)
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         depth = len(path.split(".")) if path else 0
-        module._reft_role = Role(family, kind, depth, names, apart)  # type: ignore[assignment]
-        module._reft_family = family  # type: ignore[assignment]
+        module._reft_role = Role(family, kind, depth, names, apart)
+        module._reft_family = family
     for module in modules.values():
         if isinstance(module, GenerationMixin):
-            adapt_class(module, METHODS)
-            module._reft_family = family
+            adapt_class(module, METHODS)  # type: ignore[arg-type]
+            vars(module)["_reft_family"] = family
     for name in adapted:
         hook_checkpoints(modules, name)
     forget_graphs(model)

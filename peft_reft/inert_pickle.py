@@ -89,7 +89,7 @@ def read_inert(pickled: bytes) -> Any:
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def pop(count: int) -> list[Any]:
         start = len(stack) - count

@@ -338,7 +338,6 @@ def test_loaded_again(base, ids, tmp_path, below, above):
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, subfolder=subfolder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", ".*will lead to having multiple adapters")
         loaded = PeftModel.from_pretrained(loaded, tmp_path if above == "default" else tmp_path / above)
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     assert torch.equal(generated(loaded, ids), generated(model, ids))

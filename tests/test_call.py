@@ -60,12 +60,9 @@ def test_several_sequences_a_row(ids, choices):
     """The model itself lays them out as rows; as many choices as tokens are no reason to take them for tokens."""
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     adapted = adapt_model(GPT2DoubleHeadsModel(config).eval(), positions="f2+l2")
-    several = ids.unsqueeze(1).expand(-1, choices, -1)
-    for inputs in (dict(input_ids=several), dict(inputs_embeds=adapted[0].get_input_embeddings()(several))):
-        with pytest.raises(
-            ValueError, match=rf"Model was given input of shape \[2, {choices}, 12\], several sequences"
-        ):
-            adapted[0](**inputs)
+    several = ids.unsqueeze(1).repeat(1, choices, 1)
+    with pytest.raises(ValueError, match=rf"Model was given input of shape \[2, {choices}, 12\], several sequences"):
+        adapted[0](input_ids=several)
     assert_edits(adapted, {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}, input_ids=ids)
 
 

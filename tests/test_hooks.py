@@ -247,7 +247,8 @@ def test_forward_that_runs_its_model_twice(ids):
     base.forward = lambda ids: [before(ids, prompt_lengths=each).logits for each in lengths]
     with torch.no_grad():
         first, second = base(ids)
-    columns = {"prefix": [[0], [0, 1]], "suffix": [[2], [7, 8]]}
+    torch.testing.assert_close(first, by_hand.logits(COLUMNS, input_ids=ids), atol=1e-5, rtol=1e-5)
+    columns = {"prefix": [[0], [0, 1]], "suffix": [[1, 2], [7, 8]]}
     torch.testing.assert_close(second, by_hand.logits(columns, input_ids=ids), atol=1e-5, rtol=1e-5)
 
 

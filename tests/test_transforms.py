@@ -40,14 +40,15 @@ class ByHand(torch.nn.Module):
     def edits(self, parameters, columns):
         handles = []
         for name, block in self.base.named_modules():
-            tensors = {key: tensor for key, tensor in parameters.items() if f"{name}.reft." in key}
+            tensors = {key: tensor for key, tensor in parameters.items() if f"{name}._reft." in key}
             if not name or not tensors:
                 continue
 
             def hook(module, args, output, tensors=tensors):
                 for unit, listed in columns.items():
                     R, W, b = (
-                        next(t for k, t in tensors.items() if unit in k and k.endswith(n)) for n in ".R .W .b".split()
+                        next(t for k, t in tensors.items() if unit in k and k.endswith(n))
+                        for n in "._R ._W ._b".split()
                     )
                     rotation = orthonormal(R)
                     chosen = torch.tensor([column in listed for column in range(output.shape[1])])[:, None]
@@ -96,11 +97,11 @@ def loss_of(logits):
 
 
 def biases(parameters):
-    return {name: tensor for name, tensor in parameters.items() if name.endswith(".b")}
+    return {name: tensor for name, tensor in parameters.items() if name.endswith("._b")}
 
 
 def rows_of(parameters):
-    return {name: tensor for name, tensor in parameters.items() if name.endswith(".R") and "layers.0" in name}
+    return {name: tensor for name, tensor in parameters.items() if name.endswith("._R") and "layers.0" in name}
 
 
 def test_gradients_and_those_of_each_sample(pair):

@@ -156,7 +156,7 @@ def test_each_block_is_edited_where_it_runs(ids, monkeypatch):
     labels = labels_of(ids, [(5, 12)], [(8, 12)])
     for inputs in (dict(labels=labels), dict(prompt_lengths=torch.tensor([5, 4])), dict(position_ids=None)):
         found.clear()
-        model.train("labels" in inputs)(input_ids=ids, attention_mask=MASK, **inputs)
+        model.train("labels" in inputs)(input_ids=ids.clone(), attention_mask=MASK, **inputs)
         edited = {device: sorted(unit for units, _ in edits for unit in units) for device, edits in found.items()}
         assert edited == {"cpu": ["prefix", "suffix"], "meta": ["prefix"] * 2 + ["suffix"] * 2}
         for device, edits in found.items():

@@ -129,7 +129,7 @@ def test_evaluation_between_steps(load, adapters, ids, kind):
     model = PeftModel.from_pretrained(load(**QUANTIZED[kind]), adapters[kind], is_trainable=True)
     before, expected = tensors(model.get_base_model()), step(model)
     for _ in range(2):
-        logits(model.eval(), input_ids=ids)
+        logits(model.eval(), input_ids=ids.clone())
         assert_equal_tensors(step(model), expected, atol=0)
     assert_unchanged(model.get_base_model(), before)
 

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer, unpatched and with its defaults: gradient checkpointing, its own collator and its fused loss."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -147,6 +148,18 @@ def test_save_model(tmp_path, base, tokenizer, pairs):
             PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "saved"),
         ):
             assert torch.equal(loaded.eval()(**batch).logits, expected)
+
+
+def test_card_of_trl(tmp_path, base, tokenizer, pairs):
+    """TRL writes its card when it saves a checkpoint. Its own quick start loads `hub_model_id`."""
+    trainer = make_trainer(base, tmp_path, pairs, tokenizer, peft_config=reft(), save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert re.findall("^## .*", card, re.MULTILINE)[:2] == ["## How to use this ReFT adapter", "## Quick start"]
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(snippet.replace("path or id of this repository", str(tmp_path)), names := {})
+    assert names["tokens"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_data_without_prompts(tmp_path, base, tokenizer, pairs):
