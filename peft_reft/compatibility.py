@@ -7,7 +7,7 @@ from peft.utils.other import _get_input_embeddings_name
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import VARIANTS, ReftConfig
+from .config import VARIANTS, ReftConfig, standardized_form
 from .layer import base_modules
 from .positions import Positions
 from .targets import find_targets
@@ -43,6 +43,8 @@ def meaning(model: nn.Module, config: ReftConfig, field: str) -> Any:
     if field == "trainable_token_indices":
         tokens = trained_tokens(model, config).items()
         return {name: list(indices) for key, indices in tokens for name in names if name.endswith(key)}
+    if field == "standardize":
+        return config.standardize and standardized_form(VARIANTS[config.intervention], config.act_fn)
     if field == "act_fn":
         return config.act_fn if VARIANTS[config.intervention].linear else None
     if field == "share_weights":

@@ -23,7 +23,7 @@ Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.T
 LENGTH = 0.5
 
 
-# Standardised edits are sqrt(8 / r) times as large as their parameters say, so that one learning rate serves every rank.
+# A standardised edit is sqrt(8 / r) times as large as its parameters say, so that one learning rate serves every rank.
 STANDARD_RANK = 8
 
 

@@ -196,8 +196,8 @@ def warn_of_replicas(units: Sequence[Intervention]) -> None:
     """Warn that the copies of `nn.DataParallel`, which live for a call, cannot keep a scale for these units."""
     if any((unit.exponents == UNMEASURED).all() for unit in units):
         warnings.warn(
-            "nn.DataParallel cannot measure the scale of hidden states, so this adapter is trained in their own units, "
-            "which need a lower learning rate. Start one process a device: accelerate launch, or torchrun.",
+            "nn.DataParallel cannot measure the scale of hidden states, so this adapter is trained in their own "
+            "units, which need a lower learning rate. Start one process a device: accelerate launch, or torchrun.",
             stacklevel=2,
         )
 

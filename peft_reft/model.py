@@ -282,6 +282,9 @@ class ReftModel(BaseTuner):
         if not state_dict and is_other_rank():  # a whole state dict is gathered on rank 0, which saves it
             return {}
         needed = needed_tensors(model, adapter_name)
+        # Every process has them, so they need not be gathered (ZeRO-3 gathers parameters alone).
+        buffers = {key: unit.exponents for key, unit, name in tensors_of(model, adapter_name) if name == "exponents"}
+        state_dict = buffers | state_dict  # type: ignore[assignment]
         problems = [f"{key} is missing" for key in needed.keys() - state_dict.keys()]
         problems += wrong_shapes(needed, state_dict)
         if problems:

@@ -60,6 +60,7 @@ SAID = {
     "dropout": (["0.1"], 0.1),
     "act_fn": (["gelu"], "gelu"),
     "init_weights": (["reference"], "reference"),
+    "standardize": (["false"], False),
     "modules_to_save": (["lm_head", "norm"], ["lm_head", "norm"]),
     "trainable_token_indices": (["[1, 2]"], [1, 2]),
 }

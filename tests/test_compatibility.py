@@ -28,7 +28,7 @@ DIFFERENT = [  # (own, other, the fields that are named)
 ]
 
 SAME = [
-    (dict(dropout=0.1, init_weights="reference", inference_mode=True), dict(revision="main")),
+    (dict(dropout=0.1, init_weights="reference", inference_mode=True), dict(revision="main", init_weights=False)),
     (dict(layers_to_transform=[-1, 0]), dict(layers_to_transform=[0, 2])),
     (dict(layers_to_transform=[0, 1, 2]), dict(layers_to_transform=None)),
     (dict(layers_to_transform=1), dict(layers_to_transform=[1], layers_pattern="layers")),
