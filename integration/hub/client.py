@@ -154,7 +154,7 @@ def load_on_lora(folder: Path) -> dict[str, Any]:
     lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ON_LORA, subfolder="lora-default")
     seen = {"lora_logits": logits(lora, tokenizer)}
     card = Path(hf_hub_download(ON_LORA, "README.md")).read_text()
-    code = re.search(r"```python\n(import peft_reft\n.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+    code = re.search(r"```python\n(from peft.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
     names: dict[str, Any] = {}
     exec(code.replace("path or id of this repository", ON_LORA), names)
     return seen | {"logits": logits(names["model"], tokenizer)}

@@ -1,5 +1,7 @@
 """ReFT in sentence-transformers, which calls `model.forward(...)`: compared with a plain encoder that hooks edit."""
 
+import copy
+
 import pytest
 import torch
 from by_hand import ENCODER, ByHand
@@ -25,7 +27,9 @@ def encoder(tmp_path_factory, tokenizer) -> str:
     """The folder of a tiny encoder with a tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    BertModel(BertConfig(**ENCODER), add_pooling_layer=False).eval().save_pretrained(folder)
+    BertModel(BertConfig(**ENCODER)).eval().save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None  # with one, texts become messages
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -64,7 +68,7 @@ def assert_embeds(model, encoder):
 
 
 def tensors(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ".reft." in name}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "._reft." in name}
 
 
 def test_encode(encoder):
@@ -96,7 +100,7 @@ def test_train_save_and_load(encoder, tmp_path):
     after = tensors(model)
     frozen = {name: p for name, p in load(encoder).named_parameters()}
     for name, parameter in model.named_parameters():
-        assert ".reft." in name or torch.equal(parameter, frozen[name])
+        assert "._reft." in name or torch.equal(parameter, frozen[name])
 
     # The slope of the loss along the step, from two values of the loss by hand
     def loss():
