@@ -6,7 +6,7 @@ Any causal LM and data set, from the Hub or from disk:
         --model_name_or_path Qwen/Qwen3-0.6B \\
         --dataset_name trl-lib/Capybara \\
         --reft_r 8 --reft_positions f7+l7 \\
-        --learning_rate 2e-3 --num_train_epochs 1 --per_device_train_batch_size 8 \\
+        --learning_rate 1e-3 --num_train_epochs 1 --per_device_train_batch_size 8 \\
         --eval_strategy steps --eval_steps 100 \\
         --output_dir Qwen3-0.6B-ReFT --push_to_hub
 

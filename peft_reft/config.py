@@ -136,9 +136,9 @@ class ReftConfig(PeftConfig):
         init_weights (`bool` or `str`):
             True (default) for an edit that is zero at the start where the intervention allows it. `"reference"` for
             the draws of the paper's code. False for a random edit, to test with.
-        standardize (`bool`, *optional*):
+        standardize (`bool`):
             Whether the edit is trained in units of each dimension's root mean square, which the first training call
-            measures. False for the paper's own parameters. None (default) for True where `init_weights` is True.
+            measures. False (default) for the paper's own parameters.
         modules_to_save (`list[str]`, *optional*):
             Modules apart from the adapter that are trained and saved, such as a classification head.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
@@ -206,11 +206,11 @@ class ReftConfig(PeftConfig):
             "of the paper's code. False: a random edit, to test with."
         },
     )
-    standardize: bool | None = field(
-        default=None,
+    standardize: bool = field(
+        default=False,
         metadata={
             "help": "Whether the edit is trained in units of each dimension's root mean square, which the first "
-            "training call measures. None: where init_weights is True."
+            "training call measures."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -251,10 +251,8 @@ class ReftConfig(PeftConfig):
         find_activation(self.act_fn)
         if not isinstance(self.init_weights, bool) and self.init_weights != "reference":
             raise ValueError(f"init_weights={self.init_weights!r} is unknown. Choose True, 'reference' or False.")
-        if self.standardize is None:
-            self.standardize = self.init_weights is True
         if not isinstance(self.standardize, bool):
-            raise ValueError(f"standardize={self.standardize!r} is unknown. Choose True, False or None.")
+            raise ValueError(f"standardize={self.standardize!r} is neither True nor False.")
         if self.standardize and self.init_weights == "reference":
             raise ValueError(
                 "init_weights='reference' draws the parameters of the paper's code, which have the units of the "

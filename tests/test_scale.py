@@ -14,7 +14,8 @@ D = 8
 
 def adapt(base=None, **options):
     torch.manual_seed(1)
-    config = ReftConfig(**{"task_type": "CAUSAL_LM", "r": 2, "positions": "f2+l2"} | options)
+    shared = dict(task_type="CAUSAL_LM", r=2, positions="f2+l2", standardize=True)
+    config = ReftConfig(**shared | options)
     return get_peft_model(base or make_llama(), config)
 
 
@@ -137,7 +138,7 @@ def test_a_later_adapter_has_the_scale_of_the_first():
 
 def test_an_edit_that_is_not_zero_keeps_its_units():
     ids = random_ids()
-    model = adapt(standardize=True, init_weights=False).eval()
+    model = adapt(init_weights=False).eval()
     before = model(input_ids=ids).logits
     model.train()(input_ids=ids, labels=labels_of(ids, [(4, 9)], [(4, 12)])).loss.backward()
     assert torch.equal(model.eval()(input_ids=ids.clone()).logits, before)
@@ -217,10 +218,9 @@ def test_kept_in_the_units_of_hidden_states(variant):
     assert not any(unit.is_standardized or "_exponents" in unit.state_dict() for unit in units(model))
 
 
-@pytest.mark.parametrize("init_weights", ["reference", False])
-def test_other_starts_keep_the_papers_parameters(init_weights):
-    model = adapt(init_weights=init_weights)
-    assert not model.peft_config["default"].standardize and not any(unit.is_standardized for unit in units(model))
+def test_the_papers_start_is_in_the_units_of_hidden_states():
+    with pytest.raises(ValueError, match="init_weights='reference' draws.*Remove standardize=True"):
+        ReftConfig(init_weights="reference", standardize=True)
 
 
 def test_trained_on_from_a_file_as_if_it_had_not_been_saved(tmp_path):

@@ -154,7 +154,6 @@ def make_learner(job: Job) -> Learner:
         from peft_reft import ReftConfig
 
         mixed = options.pop("mixed", ())
-        options = {"standardize": False} | options  # the paper's parameters, unless a contender says otherwise
         return WithReft(base, ReftConfig(**options), mixed)
     from peft import LoraConfig
 
