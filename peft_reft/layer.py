@@ -124,9 +124,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if getattr(self, "_is_replica", False):
             warn_of_replicas(units)
             return
-        unmeasured = torch.stack([(unit.exponents == UNMEASURED).all() for unit in units])
+        unmeasured = torch.stack([(unit.exponents == UNMEASURED).all() for unit in units])  # type: ignore[union-attr]
         edited = torch.stack([unit()[0].any() for unit in units])
-        counted = plan.counted(*hidden_states.shape[:2], hidden_states.device)
+        batch, tokens = hidden_states.shape[:2]
+        counted = plan.counted(batch, tokens, hidden_states.device)
         found = measure_exponents(hidden_states, counted, (unmeasured & edited).any())
         for unit, is_new in zip(units, unmeasured, strict=True):
             exponents: torch.Tensor = unit.exponents  # type: ignore[assignment]
@@ -194,7 +195,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
 def warn_of_replicas(units: Sequence[Intervention]) -> None:
     """Warn that the copies of `nn.DataParallel`, which live for a call, cannot keep a scale for these units."""
-    if any((unit.exponents == UNMEASURED).all() for unit in units):
+    if any(unit.exponents is not None and unit.exponents.eq(UNMEASURED).all() for unit in units):
         warnings.warn(
             "nn.DataParallel cannot measure the scale of hidden states, so this adapter is trained in their own "
             "units, which need a lower learning rate. Start one process a device: accelerate launch, or torchrun.",
