@@ -137,8 +137,8 @@ class ReftConfig(PeftConfig):
             True (default) for an edit that is zero at the start where the intervention allows it. `"reference"` for
             the draws of the paper's code. False for a random edit, to test with.
         standardize (`bool`):
-            Whether the edit is trained in units of each dimension's root mean square, which the first training call
-            measures. False (default) for the paper's own parameters.
+            Whether the edit is trained in units of each dimension's root mean square (default), which the first
+            training call measures. False for the paper's own parameters.
         modules_to_save (`list[str]`, *optional*):
             Modules apart from the adapter that are trained and saved, such as a classification head.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
@@ -207,7 +207,7 @@ class ReftConfig(PeftConfig):
         },
     )
     standardize: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether the edit is trained in units of each dimension's root mean square, which the first "
             "training call measures."
