@@ -83,10 +83,18 @@ def gram_schmidt(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def edit_by_hand(tensors: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor:
-    """LoReFT of one hidden state [d], in float64: h + R^T (W h + b - R h)."""
-    rotation, h64 = gram_schmidt(tensors["R"]), h.double()
-    source = tensors["W"].double() @ h64 + tensors["b"].double()
-    return (h64 + rotation.T @ (source - rotation @ h64)).to(h.dtype)
+    """LoReFT of one hidden state [d], in float64.
+
+    In units of the scale s it is h + sqrt(8 / r) s * R^T (W (h / s) + b), with the paper's parameters
+    h + R^T (W h + b - R h).
+    """
+    R, W, b, h64 = tensors["R"].double(), tensors["W"].double(), tensors["b"].double(), h.double()
+    if "exponents" not in tensors:
+        rotation = gram_schmidt(R)
+        return (h64 + rotation.T @ (W @ h64 + b - rotation @ h64)).to(h.dtype)
+    exponents = tensors["exponents"].double()
+    scale = torch.where(exponents == -128, 1.0, 2.0**exponents)  # not measured yet
+    return (h64 + (8 / len(R)) ** 0.5 * scale * (R.T @ (W @ (h64 / scale) + b))).to(h.dtype)
 
 
 class ByHand:
