@@ -6,7 +6,7 @@ Any causal LM and data set of preferences (`prompt`, `chosen`, `rejected`), from
         --model_name_or_path Qwen/Qwen3-0.6B \\
         --dataset_name trl-lib/ultrafeedback_binarized \\
         --reft_r 8 --reft_positions f7+l7 \\
-        --learning_rate 5e-4 --num_train_epochs 1 --per_device_train_batch_size 4 \\
+        --num_train_epochs 1 --per_device_train_batch_size 4 \\
         --eval_strategy steps --eval_steps 100 \\
         --output_dir Qwen3-0.6B-ReFT-DPO --push_to_hub
 

@@ -7,7 +7,7 @@ the package math-verify), or your own by import path:
         --model_name_or_path Qwen/Qwen3-0.6B \\
         --dataset_name trl-lib/DeepMath-103K --reward_funcs accuracy_reward \\
         --reft_r 8 --reft_positions f7+l7 \\
-        --learning_rate 5e-4 --max_steps 500 --per_device_train_batch_size 8 --num_generations 8 \\
+        --max_steps 500 --per_device_train_batch_size 8 --num_generations 8 \\
         --max_completion_length 512 --output_dir Qwen3-0.6B-ReFT-GRPO --push_to_hub
 
 Completions are sampled by transformers with the adapter in place. vLLM knows no ReFT adapters: leave `--use_vllm` off.

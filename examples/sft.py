@@ -6,7 +6,7 @@ Any causal LM and data set, from the Hub or from disk:
         --model_name_or_path Qwen/Qwen3-0.6B \\
         --dataset_name trl-lib/Capybara \\
         --reft_r 8 --reft_positions f7+l7 \\
-        --learning_rate 1e-3 --num_train_epochs 1 --per_device_train_batch_size 8 \\
+        --num_train_epochs 1 --per_device_train_batch_size 8 \\
         --eval_strategy steps --eval_steps 100 \\
         --output_dir Qwen3-0.6B-ReFT --push_to_hub
 
@@ -16,7 +16,7 @@ The base model in 4 bits, and a local file (.json, .jsonl, .csv or .parquet):
         --model_name_or_path meta-llama/Llama-3.2-1B --load_in_4bit --dtype bfloat16 \\
         --dataset_name examples/demo/instructions.jsonl \\
         --reft_r 4 --reft_positions f5+l5 --reft_share_weights --reft_layers_to_transform 3 6 9 12 \\
-        --learning_rate 4e-3 --max_steps 40 --output_dir Llama-3.2-1B-captain
+        --max_steps 40 --output_dir Llama-3.2-1B-captain
 
 An interrupted run goes on from its last whole checkpoint with `--resume_from_checkpoint true` added to its command (or
 from the beginning if it has none), and from another one with the path of that.

@@ -15,6 +15,7 @@ from trl import ModelConfig, TrlParser
 from .config import ReftConfig
 
 PREFIX = "reft_"
+LEARNING_RATE = 2e-3  # for standardised edits of every rank: docs/learning.md
 LORA = re.compile("lora_.*|use_peft|use_rslora|use_dora")  # fields of TRL's ModelConfig
 OTHERS = {f.name for f in fields(PeftConfig)} | {"base_adapters"}
 OWN = {f.name: f for f in fields(ReftConfig) if f.init and f.name not in OTHERS}
@@ -75,7 +76,8 @@ class ReftParser(TrlParser):
 
     `parse_args_and_config` returns `ReftArguments`, whose `peft_config(task_type=...)` is a [`ReftConfig`], before the
     other dataclasses. Arguments of LoRA are errors. `--help` leaves out the arguments of the training config, which
-    `--help_all` lists. `bf16` is off by default where the device does not have it, as on a CPU.
+    `--help_all` lists. The default of `learning_rate` is 2e-3. `bf16` is off by default where the device does not have
+    it, as on a CPU.
 
     Args:
         dataclass_types (`Iterable[type]`): other dataclasses, such as TRL's `ScriptArguments`, `SFTConfig` and
@@ -88,6 +90,8 @@ class ReftParser(TrlParser):
         super().__init__([ReftArguments, *types], **{"usage": "%(prog)s [arguments]"} | kwargs)
         self.training = [kind for kind in types if issubclass(kind, TrainingArguments)]
         self.add_argument("--help_all", action=HelpAll, nargs=0, help="show the arguments of the training config, too")
+        if self.training:
+            self.set_defaults(learning_rate=LEARNING_RATE)
         if self.training and not is_torch_bf16_gpu_available():
             self.set_defaults(bf16=False)  # TRL's default is True, which is an error there
 

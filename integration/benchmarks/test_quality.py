@@ -18,7 +18,8 @@ from quality.job import run_elsewhere
 from quality.learners import at_positions, count_trained, make_learner
 from quality.metrics import extract_letter, extract_number, is_right, matthews
 from quality.protocol import Ablation, load_protocol
-from quality.run import Prepared, Results, Setup, options_of, run_contender
+from quality.render import validation_loss
+from quality.run import Prepared, Results, Setup, options_of, read_records, run_contender
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -259,7 +260,7 @@ def test_dropout_is_the_familys_for_lora_too():
 def test_family_runs(name, data, folders, tmp_path, monkeypatch):
     """All contenders of this environment: well-formed results, the same batches, and no run a second time."""
     setup = make_setup(name, data, folders)
-    file = tmp_path / "results" / f"{name}.json"
+    file = tmp_path / "results" / f"{name}.jsonl"
     contenders = {key: options for key, options in PROTOCOL.contenders.items() if options["method"] != "pyreft"}
 
     def run_all():
@@ -272,7 +273,7 @@ def test_family_runs(name, data, folders, tmp_path, monkeypatch):
     run_all()
     monkeypatch.setattr(train, "run", lambda job: pytest.fail("a finished run was run again"))
     run_all()
-    records = json.loads(file.read_text())
+    records = read_records(file)
     for task in setup.family.tasks.values():
         own = [record for record in records if record["task"] == task.name]
         trained = [record for record in own if record.get("steps")]
@@ -283,14 +284,21 @@ def test_family_runs(name, data, folders, tmp_path, monkeypatch):
             assert set(record["tests"]) == set(task.test)
             assert all(found[task.metric] == found[task.metric] for found in record["tests"].values())
             assert record["sized"]["rows"]["train"] == 12
+            total, tokens = map(sum, zip(*record["losses"]["validation"], strict=True))
+            assert (
+                total / tokens == pytest.approx(validation_loss(record)) and len(record["losses"]["validation"]) == 6
+            )
             assert (record["trainable_parameters"] > 0) == (record["name"] != "base")
             assert (record["head_parameters"] > 0) == (name == "nlu")
         for record in trained:
-            assert record["learning_rate"] == 1e-3 and record["seconds_a_step"] > 0 and record["peak_memory"] > 0
+            own_rates = contenders[record["name"]].get("learning_rates", [1e-3])
+            assert (
+                [record["learning_rate"]] == own_rates and record["seconds_a_step"] > 0 and record["peak_memory"] > 0
+            )
     page = tmp_path / "docs" / "results.md"
     render.write(page, render.render(records, page))
     assert "| loreft |" in page.read_text()
-    assert (page.parent / "results" / f"{name}.png").exists()
+    assert (page.parent / "results" / f"{name}.svg").exists()
 
 
 @pytest.mark.parametrize(("best", "tried"), enumerate([4, 4, 3, 3, 4, 4]))
@@ -330,7 +338,7 @@ def test_runs_with_other_settings_are_other_runs(data, folders, tmp_path, monkey
 
     def run(setup, **more):
         options = options_of(loreft, setup.family, task) | more.pop("options", {})
-        run_contender(Prepared(setup, task), "loreft", options, [0], Results(tmp_path / "r.json"), **more)
+        run_contender(Prepared(setup, task), "loreft", options, [0], Results(tmp_path / "r.jsonl"), **more)
 
     others = [
         {"setup": setup},
@@ -343,7 +351,7 @@ def test_runs_with_other_settings_are_other_runs(data, folders, tmp_path, monkey
         for other in others:
             run(**dict(other))
     assert len(made) == len(others) - 1
-    records = Results(tmp_path / "r.json").records
+    records = Results(tmp_path / "r.jsonl").records
     assert [record["value"] for record in records] == [None, None, None, None, "1"]
     assert records[-1] | {"ablation": None, "value": None} == records[0]
 
@@ -411,7 +419,7 @@ def test_mixed_basis(data, folders):
     """The same matrices, of which an optimizer sees other coordinates: the same turned back."""
     setup = make_setup("nlu", data, folders)
     prepared = Prepared(setup, setup.family.tasks["sst2"])
-    options = options_of(PROTOCOL.contenders["loreft"], setup.family, prepared.task)
+    options = options_of(PROTOCOL.contenders["paper-loreft"], setup.family, prepared.task)
     losses, parameters = [], []
     for mixed in ([], ["R", "W"]):
         job = prepared.job(options | {"init_weights": "reference", "dropout": 0.0, "mixed": mixed}, 0, [])
@@ -453,7 +461,7 @@ def test_ablations(data, folders, tmp_path):
     setup = make_setup("nlu", data, folders)
     own, options = ablations.varied(setup, {"train": 8, "learning_rates": [1.0], "r": 2})
     assert (own.size["train"], own.family.training["learning_rates"], options) == (8, [1.0], {"r": 2})
-    results = Results(tmp_path / "ablations.json")
+    results = Results(tmp_path / "ablations.jsonl")
     few = {
         "layers": Ablation({"upper": {"layers_to_transform": "upper third"}, "all": {"layers_to_transform": None}}),
         "examples": Ablation({"4": {"train": 4}, "8": {"train": 8}}, ["base", "loreft"]),
@@ -467,7 +475,7 @@ def test_ablations(data, folders, tmp_path):
     render.write(page, render.render(results.records, page))
     assert "Rows: 4 to 8 train, 6 validation, 4 sst2;" in page.read_text()
     assert (
-        "## Ablation: layers, sst2" in page.read_text() and (tmp_path / "results/ablation-examples-sst2.png").exists()
+        "## Ablation: layers, sst2" in page.read_text() and (tmp_path / "results/ablation-examples-sst2.svg").exists()
     )
 
 
@@ -477,7 +485,7 @@ def test_ablations_change_options_that_there_are(name, data, folders):
     task = setup.family.tasks["sst2"]
     for changes in PROTOCOL.ablations[name].values.values():
         own, options = ablations.varied(setup, changes)
-        given = options_of(PROTOCOL.contenders["loreft"], own.family, task) | options
+        given = options_of(PROTOCOL.contenders["paper-loreft"], own.family, task) | options
         assert count_trained(make_learner(Prepared(own, task).job(given, 0, [])))[0] > 0
 
 

@@ -120,6 +120,7 @@ def make_config(edits: Edits, ranks: dict[str, int], blocks: list[str], task_typ
         share_weights=edits.share_weights,
         dropout=edits.dropout,
         act_fn=edits.act_fn,
+        standardize=False,
         modules_to_save=sorted({name.partition(".")[0] for name in edits.head}) or None,
         **where,
     )

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality.protocol import Ablation, Protocol, load_protocol
-from quality.run import Prepared, Results, Setup, add_place, estimate, options_of, run_contender, setup_of
+from quality.run import RECORDS, Prepared, Results, Setup, add_place, estimate, options_of, run_contender, setup_of
 
 # Which of n layers
 LAYERS = {
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--ablations", nargs="+", choices=protocol.ablations, default=list(protocol.ablations))
     parser.add_argument("--values", nargs="+", help="of these ablations; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--out", type=Path, default=Path("results/ablations.json"))
+    parser.add_argument("--out", type=Path, default=RECORDS / "ablations.jsonl")
     add_place(parser)
     parser.set_defaults(size="ablation")
     args = parser.parse_args()

@@ -61,7 +61,7 @@ class Ablation:
     """
 
     values: dict[str, dict[str, Any]]
-    contenders: list[str] = field(default_factory=lambda: ["loreft"])
+    contenders: list[str] = field(default_factory=lambda: ["paper-loreft"])
 
 
 @dataclass(frozen=True)

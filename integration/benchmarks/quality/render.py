@@ -1,6 +1,6 @@
 """Tables and pictures of what run.py and ablations.py have found.
 
-    python integration/benchmarks/quality/render.py results/*.json --write docs/results.md
+    python integration/benchmarks/quality/render.py --write docs/results.md
 
 Writes what is between `<!-- results -->` and `<!-- /results -->` of the page anew, and the pictures beside it, into
 results/: for each family the metric against the trained parameters, and one for each ablation.
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality.protocol import Protocol, load_protocol
+from quality.run import RECORDS, read_records
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -147,7 +148,8 @@ def costs(own: list[Record]) -> list[str]:
 
 def rate_of(record: Record) -> str:
     """The learning rate, with a mark if a better one may lie outside the grid."""
-    grid, rate = record["settings"]["training"]["learning_rates"], record["learning_rate"]
+    settings, rate = record["settings"], record["learning_rate"]
+    grid = settings["contender"].get("learning_rates", settings["training"]["learning_rates"])
     return f"{rate:g}" + (" (edge)" if len(grid) > 1 and rate in (min(grid), max(grid)) else "")
 
 
@@ -241,7 +243,7 @@ def draw_ablation(name: str, records: list[Record], file: Path) -> None:
 
 def save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, metadata={"Date": None})
 
 
 # The page
@@ -257,10 +259,10 @@ def render(records: list[Record], page: Path) -> str:
         for (task,), runs in groups(own, "task").items():
             [metric, *_] = metrics_of(runs[0])
             parts += [f"### {task}: {SHOWN[metric]}\n", family_table(runs), sized(runs)]
-        draw_family(own, page.parent / "results" / f"{family}.png")
-        parts.append(f"![{family}](results/{family}.png)\n")
+        draw_family(own, page.parent / "results" / f"{family}.svg")
+        parts.append(f"![{family}](results/{family}.svg)\n")
     for (name, task), own in groups((r for r in records if r["ablation"]), "ablation", "task").items():
-        picture = f"results/ablation-{name}-{task}.png"
+        picture = f"results/ablation-{name}-{task}.svg"
         draw_ablation(name, own, page.parent / picture)
         link = f"![{name}, {task}]({picture})\n"
         parts += [f"## Ablation: {name}, {task}\n", ablation_table(own), sized(own), link]
@@ -276,10 +278,11 @@ def write(page: Path, rendered: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("results", nargs="*", type=Path, help="files of records; default: all beside this script")
     parser.add_argument("--write", type=Path, default=Path("docs/results.md"), metavar="PAGE")
     args = parser.parse_args()
-    records = [record for file in args.results for record in json.loads(file.read_text())]
+    files = args.results or sorted(RECORDS.glob("*.jsonl"))
+    records = [record for file in files for record in read_records(file)]
     write(args.write, render(records, args.write))
 
 

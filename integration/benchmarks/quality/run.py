@@ -1,6 +1,6 @@
 """ReFT, the reference implementation and LoRA on the paper's tasks, on real models: one family of tasks a command.
 
-    python integration/benchmarks/quality/run.py nlu --data DATA --tasks cola --seeds 0 1 --out results/nlu.json
+    python integration/benchmarks/quality/run.py nlu --data DATA --tasks cola --seeds 0 1
     python integration/benchmarks/quality/run.py commonsense --data DATA --reference PYTHON
 
 DATA is a folder (commonsense/, arithmetic/, instruction/, nlu/), or the Hub id of a data set with the same files;
@@ -8,8 +8,8 @@ PYTHON that of an environment with pyreft 0.1.0, pyvene 0.1.8 and transformers 4
 left out. What is trained, and how, is in protocol.yaml.
 
 The first seed of a contender is trained with rates of the grid, from the middle on towards what is better; the other
-seeds have the one that was best on the validation part. A finished run is added to the file, and is not run again. To
-stop is safe at any time.
+seeds have the one that was best on the validation part. A contender may have rates of its own. A finished run is added
+to the file as a line of JSON, and is not run again. To stop is safe at any time.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from quality.protocol import Family, Protocol, Task, load_protocol
 
 RUN = ("family", "task", "seed", "metric", "settings")  # what decides how a run ends
 IDENTITY = (*RUN, "name", "ablation", "value")  # and what it is called
+RECORDS = Path(__file__).with_name("records")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Setup:
 
 
 class Results:
-    """The records of finished runs, in a file that is written anew after each.
+    """The records of finished runs, a line of JSON each.
 
     Args:
         file (`Path`): which may not exist yet.
@@ -68,7 +69,7 @@ class Results:
 
     def __init__(self, file: Path):
         self.file = file
-        self.records: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+        self.records = read_records(file) if file.exists() else []
 
     def find(self, what: dict[str, Any], keys: Sequence[str] = IDENTITY) -> dict[str, Any] | None:
         """The record of a run, if it is finished."""
@@ -78,9 +79,13 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.records, indent=1))
-        unfinished.replace(self.file)
+        with self.file.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of results."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @dataclass
@@ -181,7 +186,7 @@ def run_contender(
     """
     setup, training = prepared.setup, prepared.setup.family.training
     trains = options["method"] != "base" or setup.family.scoring == "label"
-    grid = training["learning_rates"] if trains else []
+    grid = options.get("learning_rates", training["learning_rates"]) if trains else []
     settings = {"contender": options, "training": training, "size": setup.size, "model": setup.model_name}
     rates = grid
     for seed in seeds if trains else seeds[:1]:
@@ -263,7 +268,7 @@ def parse(protocol: Protocol) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=protocol.families)
     parser.add_argument("--data", required=True, help="a folder, or the Hub id of a data set")
-    parser.add_argument("--out", type=Path, help="default: results/FAMILY.json")
+    parser.add_argument("--out", type=Path, help="default: records/FAMILY.jsonl beside this script")
     parser.add_argument("--tasks", nargs="+", help="default: all of the family")
     parser.add_argument("--contenders", nargs="+", choices=protocol.contenders, default=list(protocol.contenders))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -299,7 +304,7 @@ def main() -> None:
     args = parse(protocol)
     family = protocol.families[args.family]
     setup = setup_of(args, family)
-    results = Results(args.out or Path("results") / f"{family.name}.json")
+    results = Results(args.out or RECORDS / f"{family.name}.jsonl")
     names = [name for name in args.contenders if args.reference or protocol.contenders[name]["method"] != "pyreft"]
     for task in (family.tasks[name] for name in args.tasks or family.tasks):
         prepared = Prepared(setup, task)

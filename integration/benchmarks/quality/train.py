@@ -21,8 +21,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train with each learning rate, and test what is best on the validation part.
 
     Returns:
-        `dict`: the learning rate, the summaries of all on the validation part, for each test set what the model makes
-        of it, and what training took.
+        `dict`: the learning rate, the summaries of all on the validation part, with the best the losses of each part's
+        rows and what the model makes of each test set, and what training took.
     """
     torch.set_num_threads(job.threads)
     search = Search(job)
@@ -31,8 +31,10 @@ def run(job: Job) -> dict[str, Any]:
     if trained:
         trained["peak_memory"] = peak_memory(lambda: largest_step(learner, job), job.device)
     tests = {name: evaluate(learner, job, samples, generating=True) for name, samples in job.tests.items()}
+    losses = {name: outcome["losses"] for name, outcome in tests.items() if "losses" in outcome}
+    losses["validation"] = search.outcome["losses"]
     adapter, head = count_trained(learner)
-    found = {"learning_rate": best, "validation": search.found, "tests": tests, "machine": machine()}
+    found = {"learning_rate": best, "validation": search.found, "losses": losses, "tests": tests, "machine": machine()}
     return found | {"trainable_parameters": adapter, "head_parameters": head} | trained
 
 
@@ -43,7 +45,7 @@ class Search:
 
     Attributes:
         found (`dict[str, dict[str, float]]`): by learning rate, the metrics on the validation part.
-        learner (`Learner`), trained (`dict`): of the best, and what `train` tells of it.
+        learner (`Learner`), outcome, trained (`dict`): of the best, and what `evaluate` and `train` tell of it.
     """
 
     def __init__(self, job: Job):
@@ -52,6 +54,7 @@ class Search:
         self.found: dict[str, dict[str, float]] = {}
         self.ranks: dict[int, tuple[float, ...]] = {}
         self.learner: Learner
+        self.outcome: dict[str, Any]
         self.trained: dict[str, Any]
 
     def climb(self) -> float:
@@ -72,7 +75,7 @@ class Search:
             self.found[str(rate)] = found
             rank = ranking(job, found)
             if not self.ranks or rank > max(self.ranks.values()):
-                self.learner, self.trained = learner, trained
+                self.learner, self.outcome, self.trained = learner, outcome, trained
             self.ranks[at] = rank
             del learner
             gc.collect()
@@ -149,13 +152,14 @@ def evaluate(learner: Learner, job: Job, samples: Sequence[Sample], generating: 
     """What a contender makes of samples.
 
     Returns:
-        `dict`: the loss, and by sample, where the scoring is about them: `"predicted"` (the likeliest label or
-        choice), `"exact"` (whether greedy decoding gives the answer, token by token), `"generated"` (tokens).
+        `dict`: the loss; by sample `"losses"` (their sum over the answer's tokens, and how many these are), and where
+        the scoring is about them `"predicted"` (the likeliest label or choice), `"exact"` (whether greedy decoding
+        gives the answer, token by token), `"generated"` (tokens).
     """
     learner.train(False)
     batches = by_length(samples, job.evaluation_batch_size)
     rows = [row for batch in batches for row in batch]
-    found: dict[str, list[Any]] = {"loss": [], "predicted": [], "exact": [], "generated": []}
+    found: dict[str, list[Any]] = {"losses": [], "predicted": [], "exact": [], "generated": []}
     for batch in batches:
         chosen = [samples[row] for row in batch]
         if job.scoring == "number" and generating:
@@ -163,18 +167,21 @@ def evaluate(learner: Learner, job: Job, samples: Sequence[Sample], generating: 
         elif job.scoring == "label":
             logits = learner.labels(collate(chosen, job.pad, torch.device(job.device)))
             labels = torch.tensor([sample.label for sample in chosen], device=logits.device)
-            found["loss"] += cross_entropy(logits, labels, reduction="none").tolist()
+            found["losses"] += [[loss, 1] for loss in cross_entropy(logits, labels, reduction="none").tolist()]
             found["predicted"] += logits.argmax(-1).tolist()
         else:
             for sample, logits in zip(chosen, answers(learner, job, chosen), strict=True):
                 targets = torch.tensor(sample.ids[sample.prompt :], device=logits.device)
-                found["loss"] += cross_entropy(logits, targets, reduction="none").tolist()
+                found["losses"].append([cross_entropy(logits, targets, reduction="sum").item(), len(targets)])
                 found["exact"].append(bool((logits.argmax(-1) == targets).all()))
                 if sample.rivals:
                     found["predicted"].append(int(logits[sample.fork, sample.rivals].argmax()))
     back = sorted(range(len(rows)), key=rows.__getitem__)
-    own = {name: [values[at] for at in back] for name, values in found.items() if name != "loss" and values}
-    return own | ({"loss": sum(found["loss"]) / len(found["loss"])} if found["loss"] else {})
+    own: dict[str, Any] = {name: [values[at] for at in back] for name, values in found.items() if values}
+    if "losses" in own:
+        sums, tokens = zip(*own["losses"], strict=True)
+        own["loss"] = sum(sums) / sum(tokens)
+    return own
 
 
 def answers(learner: Learner, job: Job, samples: Sequence[Sample]) -> Iterator[torch.Tensor]:
