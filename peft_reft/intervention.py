@@ -64,7 +64,7 @@ class Intervention(nn.Module):
     of sqrt(8 / r) R * s and W / s.
 
     Args:
-        variant (`Variant`): the three switches.
+        variant (`Variant`): the three switches, of which a standardised unit may use others for the same edits.
         d (`int`): width of the hidden states.
         r (`int`): rank of the edit, 1 <= r <= d.
         dropout (`float`): probability of a zero in the edited hidden state, in training.
@@ -87,7 +87,7 @@ class Intervention(nn.Module):
         form = standardized_form(variant, act_fn) if standardize else None
         self.is_standardized = form is not None
         self.waits_for_scale = self.is_standardized  # until the first training call in this process
-        self.variant, self.d, self.r = form or variant, d, r
+        self.named, self.variant, self.d, self.r = variant, form or variant, d, r
         unmeasured = torch.full((d,), UNMEASURED, dtype=torch.int8) if self.is_standardized else None
         self.register_buffer("_exponents", unmeasured)
         self._R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
@@ -133,7 +133,7 @@ class Intervention(nn.Module):
             nn.init.orthogonal_(self.W)  # type: ignore[arg-type]
             nn.init.zeros_(self.b)
             return
-        if self.variant.orthonormal:
+        if self.named.orthonormal:
             nn.init.orthogonal_(self.R, gain=LENGTH)
         else:
             nn.init.kaiming_uniform_(self.R, a=math.sqrt(5))  # as nn.Linear
@@ -152,6 +152,15 @@ class Intervention(nn.Module):
             nn.init.normal_(self.b)
             if self.W is not None:
                 nn.init.normal_(self.W, std=bound)
+            if self.is_standardized:
+                self._standardize_drawn()
+
+    def _standardize_drawn(self) -> None:
+        """Make the drawn parameters those of the same edit in units of a scale of one."""
+        projection = projections(self.R, self.named.orthonormal)
+        if self.named.subtract and not self.variant.subtract:
+            self.W.sub_(projection)  # type: ignore[union-attr]
+        self.R.copy_(projection / math.sqrt(STANDARD_RANK / self.r))
 
     def keep_dtype(self) -> None:
         """Remember the parameters as they are now, so that `restore_dtype` can undo what else casts them."""
