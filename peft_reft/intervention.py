@@ -176,12 +176,33 @@ class Intervention(nn.Module):
         self._kept = {}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Intervention":
-        dtypes, kept = [p.dtype for p in self.parameters()], bool(self._kept)
+        dtypes, kept, exponents = [p.dtype for p in self.parameters()], bool(self._kept), self._exponents
         super()._apply(fn, recurse)
+        if exponents is not None and self._exponents.is_meta:  # type: ignore[union-attr]
+            self._exponents = exponents  # see _save_to_state_dict
         self._kept = {}  # half(), to(dtype) and the like say what is wanted
         if kept and dtypes == [p.dtype for p in self.parameters()]:  # moved
             self.keep_dtype()
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Leave the exponents out if the parameters are on the meta device.
+
+        For FSDP2, accelerate moves the model there, and shards all that the state dict has: buffers cannot be.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.b.device.type == "meta":
+            destination.pop(f"{prefix}_exponents", None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        """Keep the exponents if they are not given."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+        if f"{prefix}_exponents" in missing:
+            missing.remove(f"{prefix}_exponents")
+        if self._exponents is not None and self.b.device.type != "meta":
+            self._exponents = self._exponents.to(self.b.device)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that its tensors have when they are whole, whatever of them lies on this device."""
