@@ -97,6 +97,7 @@ class Intervention(nn.Module):
         self.activation = act_fn if variant.linear else None  # a constant source has none
         self.act_fn = find_activation(self.activation)
         self._kept: dict[str, torch.Tensor] = {}
+        self._kept_exponents = unmeasured
 
     # The parameters' own names begin with an underscore: they are parts of the keys of state dicts (layer.py).
 
@@ -178,8 +179,8 @@ class Intervention(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Intervention":
         dtypes, kept, exponents = [p.dtype for p in self.parameters()], bool(self._kept), self._exponents
         super()._apply(fn, recurse)
-        if exponents is not None and self._exponents.is_meta:  # type: ignore[union-attr]
-            self._exponents = exponents  # see _save_to_state_dict
+        if self.b.is_meta and exponents is not None and not exponents.is_meta:
+            self._kept_exponents = exponents  # see _save_to_state_dict
         self._kept = {}  # half(), to(dtype) and the like say what is wanted
         if kept and dtypes == [p.dtype for p in self.parameters()]:  # moved
             self.keep_dtype()
@@ -201,8 +202,8 @@ class Intervention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         if f"{prefix}_exponents" in missing:
             missing.remove(f"{prefix}_exponents")
-        if self._exponents is not None and self.b.device.type != "meta":
-            self._exponents = self._exponents.to(self.b.device)
+            if self._exponents.is_meta and self.b.device.type != "meta":  # type: ignore[union-attr]
+                self._exponents = self._kept_exponents.to(self.b.device)  # type: ignore[union-attr]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that its tensors have when they are whole, whatever of them lies on this device."""
@@ -244,7 +245,8 @@ def in_units_of_states(
     projection: torch.Tensor, weight: Any, units: Sequence[Intervention]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The matrices [units, r, d] of standardised units of one rank, in the units of the hidden states."""
-    scale = scale_of(stack([unit.exponents for unit in units])).unsqueeze(1)  # type: ignore[misc]
+    exponents: Any = stack([unit.exponents for unit in units])  # type: ignore[misc]
+    scale = scale_of(exponents).to(projection.dtype).unsqueeze(1)
     return projection * (scale * math.sqrt(STANDARD_RANK / units[0].r)), weight / scale
 
 

@@ -134,7 +134,7 @@ def test_gradients_of_both(base, lora, model, ids, checkpointing):
     for block, units in by_hand.tensors.items():
         for unit, tensors in units.items():
             prefix = f"base_model.model.{block}._reft._reft_{unit}.default"
-            units[unit] = {tensor: leaves[f"{prefix}._{tensor}"] for tensor in tensors}
+            units[unit] = tensors | {tensor: leaves[f"{prefix}._{tensor}"] for tensor in ("R", "W", "b")}
     with by_hand.edits(COLUMNS):
         functional_call(base, weights, kwargs=dict(input_ids=ids, labels=labels)).loss.backward()
     if checkpointing is not None:

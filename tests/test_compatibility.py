@@ -28,7 +28,8 @@ DIFFERENT = [  # (own, other, the fields that are named)
 ]
 
 SAME = [
-    (dict(dropout=0.1, init_weights="reference", inference_mode=True), dict(revision="main", init_weights=False)),
+    (dict(dropout=0.1, init_weights=False, inference_mode=True), dict(revision="main")),
+    (dict(init_weights="reference", standardize=False), dict(standardize=False)),
     (dict(layers_to_transform=[-1, 0]), dict(layers_to_transform=[0, 2])),
     (dict(layers_to_transform=[0, 1, 2]), dict(layers_to_transform=None)),
     (dict(layers_to_transform=1), dict(layers_to_transform=[1], layers_pattern="layers")),

@@ -27,6 +27,7 @@ VALUES = dict(
     dropout=0.1,
     act_fn="gelu",
     init_weights="reference",
+    standardize=False,
     modules_to_save=["lm_head"],
     trainable_token_indices=[1, 2],
 )

@@ -240,8 +240,10 @@ def test_saved_files(saved):
     units = [
         f"base_model.model.model.layers.{i}._reft._reft_{unit}" for i in range(3) for unit in ("prefix", "suffix")
     ]
-    assert tensors.keys() == {f"{unit}._{name}" for unit in units for name in "RWb"}
-    assert sum(tensor.numel() for tensor in tensors.values()) == 6 * (2 * 4 * 32 + 4)
+    assert tensors.keys() == {f"{unit}._{name}" for unit in units for name in ("R", "W", "b", "exponents")}
+    trained = [tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()]
+    assert sum(trained) == 6 * (2 * 4 * 32 + 4)
+    assert {tensor.dtype for key, tensor in tensors.items() if key.endswith("exponents")} == {torch.int8}
 
 
 @pytest.mark.parametrize("options", [{}, dict(low_cpu_mem_usage=True), dict(adapter_name="other")])
@@ -700,8 +702,8 @@ def test_names_of_adapters(tmp_path, ids, name):
     by_hand = {each: ByHand(make_llama(), model, each).logits(columns[each], input_ids=ids) for each in kinds}
     assert (by_hand["default"] - by_hand[name]).abs().max() > 0.1
     model.save_pretrained(tmp_path)
-    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 18
-    assert len(get_peft_model_state_dict(model, adapter_name=name)) == 9
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 24
+    assert len(get_peft_model_state_dict(model, adapter_name=name)) == 12
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
     loaded.load_adapter(tmp_path / name, name)
     plain = make_llama()  # without a PeftModel

@@ -34,7 +34,7 @@ class ByHand(torch.nn.Module):
     def __init__(self, base, columns, act_fn):
         super().__init__()
         self.base, self.columns = base, columns
-        self.act = torch.tanh if act_fn else lambda source: source
+        self.act = torch.tanh if act_fn else None
 
     @contextmanager
     def edits(self, parameters, columns):
@@ -50,9 +50,12 @@ class ByHand(torch.nn.Module):
                         next(t for k, t in tensors.items() if unit in k and k.endswith(n))
                         for n in "._R ._W ._b".split()
                     )
-                    rotation = orthonormal(R)
                     chosen = torch.tensor([column in listed for column in range(output.shape[1])])[:, None]
-                    edit = (self.act(output @ W.T + b) - output @ rotation.T) @ rotation
+                    if self.act is None:  # in units of a scale of one
+                        edit = (8 / len(R)) ** 0.5 * (output @ W.T + b) @ R
+                    else:
+                        rotation = orthonormal(R)
+                        edit = (self.act(output @ W.T + b) - output @ rotation.T) @ rotation
                     output = output + edit * chosen
                 return output
 

@@ -123,13 +123,13 @@ def tokens_given(positions: Positions, unit: str, run: Run) -> int | None:
 
 
 def kept_by_unit(d: int, r: int, run: Run, n: int | None) -> int:
-    """What the backward pass of a unit needs, in bytes: its input, R h, and the matrices of LoReFT.
+    """What the backward pass of a unit needs, in bytes: its input, and the matrices of LoReFT.
 
-    The input in the model's dtype, all else in float32: R h, of the size of R two matrices, the projection and W - R,
-    and r^2 for making rows orthonormal.
+    The input in the model's dtype, all else in float32: W (h / s) + b, two matrices of the size of R, which are R and W
+    in units of hidden states, and what they were multiplied by.
     """
     rows = run.batch * (run.tokens if n is None else n)
-    return run.dtype.itemsize * rows * d + 4 * (rows * r + 2 * r * d + r * r)
+    return run.dtype.itemsize * rows * d + 4 * (rows * r + 2 * r * d + 2 * d)
 
 
 def kept_by_plan(run: Run, given: list[int | None]) -> int:
