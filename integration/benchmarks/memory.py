@@ -125,8 +125,8 @@ def tokens_given(positions: Positions, unit: str, run: Run) -> int | None:
 def kept_by_unit(d: int, r: int, run: Run, n: int | None) -> int:
     """What the backward pass of a unit needs, in bytes: its input, and the matrices of LoReFT.
 
-    The input in the model's dtype, all else in float32: W (h / s) + b, two matrices of the size of R, which are R and W
-    in units of hidden states, and what they were multiplied by.
+    The input in the model's dtype, all else in float32: W (h / s) + b, two matrices of the size of R, which are R and
+    W in units of hidden states, and what they were multiplied by.
     """
     rows = run.batch * (run.tokens if n is None else n)
     return run.dtype.itemsize * rows * d + 4 * (rows * r + 2 * r * d + 2 * d)
