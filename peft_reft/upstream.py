@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -417,6 +418,8 @@ def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: An
     """
     model, collator = trainer.model, trainer.data_collator
     roles = [] if model is None else roles_of(model)
+    if roles and kwargs.get("is_training"):
+        warn_if_frozen(model)
     if not any(role.kind in ("causal", "decoder") for role in roles):
         return method(trainer, *args, **kwargs)
     adder = PromptLengthsAdder(collator, os.environ.get(SWITCH) != "0" and takes_prompt_lengths(trainer, roles[0]))
@@ -434,6 +437,16 @@ def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: An
     if is_dispatched and dataloader.state.num_processes > 1:
         adder.is_finding = False  # one process joins the batches of all, which must have the same keys
     return dataloader
+
+
+def warn_if_frozen(model: Any) -> None:
+    """Warn that training would change nothing."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        warnings.warn(
+            "Nothing of this model is trained: its ReFT adapter is frozen, as PEFT loads adapters. Load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True) to train it.",
+            stacklevel=2,
+        )
 
 
 def takes_prompt_lengths(trainer: "Trainer", role: Role) -> bool:

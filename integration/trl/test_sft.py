@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -217,6 +218,23 @@ def test_other_models_and_choices_are_left_alone(tmp_path, base, tokenizer, pair
     for config in (reft(positions="all"), lora, None):
         trainer = make_trainer(base, tmp_path, pairs, tokenizer, peft_config=config)
         assert "prompt_lengths" not in first_batch(trainer)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_frozen_adapter(tmp_path, base, tokenizer, pairs, is_trainable):
+    """Is said before anything is trained; evaluation needs no trained parameter."""
+    make_trainer(base, tmp_path / "first", pairs, tokenizer, peft_config=reft()).save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter", is_trainable=is_trainable
+    )
+    trainer = make_trainer(loaded, tmp_path, pairs, tokenizer, eval_dataset=pairs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.get_eval_dataloader()
+        assert not [w for w in caught if "Nothing of this model is trained" in str(w.message)]
+        trainer.get_train_dataloader()
+    found = [str(w.message) for w in caught if "Nothing of this model is trained" in str(w.message)]
+    assert len(found) == (not is_trainable) and all("is_trainable=True" in message for message in found)
 
 
 def test_prompt_of_one_token(tmp_path, base, tokenizer, pairs):
