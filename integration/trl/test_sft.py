@@ -227,10 +227,10 @@ def test_frozen_adapter(tmp_path, base, tokenizer, pairs, is_trainable):
     loaded = PeftModel.from_pretrained(
         LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter", is_trainable=is_trainable
     )
-    trainer = make_trainer(loaded, tmp_path, pairs, tokenizer, eval_dataset=pairs)
+    trainer = make_trainer(loaded, tmp_path, pairs, tokenizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.get_eval_dataloader()
+        trainer.get_eval_dataloader(trainer.train_dataset)
         assert not [w for w in caught if "Nothing of this model is trained" in str(w.message)]
         trainer.get_train_dataloader()
     found = [str(w.message) for w in caught if "Nothing of this model is trained" in str(w.message)]
