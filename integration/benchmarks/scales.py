@@ -2,9 +2,9 @@
 
     python integration/benchmarks/scales.py MODEL --out docs/results/scales.svg
 
-MODEL is a causal LM that normalises the input of its blocks (`input_layernorm`). The texts are the demo's. Prints a row
-a layer: the largest root mean square of a dimension divided by the median one, in the output of the block, after the
-next norm (what LoRA reads on its attention), and in units of the scale that peft_reft measures.
+MODEL is a causal LM that normalises the input of its blocks (`input_layernorm`). The texts are the demo's. Prints a
+row a layer: the largest root mean square of a dimension divided by the median one, in the output of the block, after
+the next norm (what LoRA reads on its attention), and in units of the scale that peft_reft measures.
 """
 
 import argparse
