@@ -17,7 +17,7 @@ from .config import ReftConfig
 PREFIX = "reft_"
 LEARNING_RATE = 2e-3  # for standardised edits of every rank: docs/learning.md
 LORA = re.compile("lora_.*|use_peft|use_rslora|use_dora")  # fields of TRL's ModelConfig
-OTHERS = {f.name for f in fields(PeftConfig)} | {"base_adapters"}
+OTHERS = {f.name for f in fields(PeftConfig)} | {"base_adapters", "format"}
 OWN = {f.name: f for f in fields(ReftConfig) if f.init and f.name not in OTHERS}
 HINTS = get_type_hints(ReftConfig)
 # How a command line says the values of a type. Values of all other types are given as JSON.

@@ -57,6 +57,9 @@ def standardized_form(variant: Variant, act_fn: str | None) -> Variant | None:
     return variant if variant.linear and not variant.orthonormal else None
 
 
+# Of what is saved: raised when an older version would read an adapter as another one.
+FORMAT = 1
+
 # What a LoRA config says with another name. Nothing in ReFT corresponds to LoraConfig's other arguments.
 LORA_NAMES = {
     "lora_r": "r",
@@ -144,6 +147,8 @@ class ReftConfig(PeftConfig):
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Indices of tokens whose embeddings are trained and saved, or a mapping from the names of embedding modules
             to such indices.
+        format (`int`):
+            What the fields and the tensors of a saved adapter mean. A later format raises an error. Not to be set.
         base_adapters (`list[str]`, *optional*):
             Not to be given: the adapters of another method, such as LoRA, that the base model had when the adapter was
             made, by the subfolders in which they are saved.
@@ -228,10 +233,19 @@ class ReftConfig(PeftConfig):
         default=None,
         metadata={"help": "Set when the adapter is made: the base model's own adapters, such as LoRA's."},
     )
+    format: int = field(
+        default=FORMAT,
+        metadata={"help": "What the fields and the tensors of a saved adapter mean. Not to be set."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = REFT
+        if not isinstance(self.format, int) or not 1 <= self.format <= FORMAT:
+            raise ValueError(
+                f"format={self.format!r}: this version of peft_reft reads adapters of format 1 to {FORMAT}. A later "
+                "version saved this one: pip install --upgrade peft_reft."
+            )
         self.rank_pattern = self.rank_pattern or {}
         if isinstance(self.layers_to_transform, range | tuple | set):
             self.layers_to_transform = list(self.layers_to_transform)
@@ -256,7 +270,7 @@ class ReftConfig(PeftConfig):
         if self.standardize and self.init_weights == "reference":
             raise ValueError(
                 "init_weights='reference' draws the parameters of the paper's code, which have the units of the "
-                "hidden states. Remove standardize=True."
+                "hidden states. Pass standardize=False as well."
             )
 
     def _check_ranks(self) -> None:

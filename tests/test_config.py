@@ -43,6 +43,20 @@ def test_json_round_trip(tmp_path):
     assert saved["peft_type"] == "REFT" and {name: saved[name] for name in VALUES} == VALUES
 
 
+def test_format_of_a_later_version(tmp_path):
+    """Its fields would be dropped with a warning, and the adapter would edit wrongly."""
+    ReftConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["format"] == 1
+    path.write_text(json.dumps(saved | {"format": 2, "centre": True}))
+    with pytest.raises(ValueError, match="format=2: this version.*pip install --upgrade peft_reft"):
+        PeftConfig.from_pretrained(tmp_path)
+    del saved["format"]
+    path.write_text(json.dumps(saved))
+    assert PeftConfig.from_pretrained(tmp_path) == ReftConfig()
+
+
 def test_defaults_round_trip(tmp_path):
     ReftConfig().save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path) == ReftConfig()

@@ -219,8 +219,8 @@ def test_kept_in_the_units_of_hidden_states(variant):
 
 
 def test_the_papers_start_is_in_the_units_of_hidden_states():
-    with pytest.raises(ValueError, match="init_weights='reference' draws.*Remove standardize=True"):
-        ReftConfig(init_weights="reference", standardize=True)
+    with pytest.raises(ValueError, match="init_weights='reference' draws.*Pass standardize=False"):
+        ReftConfig(init_weights="reference")
 
 
 def test_trained_on_from_a_file_as_if_it_had_not_been_saved(tmp_path):
