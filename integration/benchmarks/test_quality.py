@@ -261,7 +261,7 @@ def test_family_runs(name, data, folders, tmp_path, monkeypatch):
     """One contender of each method: well-formed results, the same batches, and no run a second time."""
     setup = make_setup(name, data, folders)
     file = tmp_path / "results" / f"{name}.jsonl"
-    contenders = {key: PROTOCOL.contenders[key] for key in ("base", "loreft", "reft-r8", "lora-r8-qv")}
+    contenders = {key: PROTOCOL.contenders[key] for key in ("base", "loreft", "reft-all-r8", "lora-r8-qv")}
 
     def run_all():
         for task in setup.family.tasks.values():

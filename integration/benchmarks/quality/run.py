@@ -226,9 +226,14 @@ def finished(prepared: Prepared, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """That of the code that ran, marked where files differ from it; empty outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    """That of the code that ran, marked where files but the records differ from it; empty outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!records")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def line_of(record: dict[str, Any]) -> str:
