@@ -34,6 +34,7 @@ def run(name, init_weights, seed, learning_rate):
         share_weights=True,
         layers_to_transform=[depth * i // 9 for i in (1, 3, 5, 7)],
         init_weights=init_weights,
+        standardize=False,
     )
     args = SFTConfig(
         output_dir=tempfile.mkdtemp(),

@@ -74,6 +74,7 @@ def answers_of_a_teacher(name, count):
 def config_of(depth, **options):
     layers = sorted({depth * i // 9 for i in (1, 3, 5, 7)})
     defaults = dict(task_type="CAUSAL_LM", r=4, positions="f5+l5", share_weights=True, layers_to_transform=layers)
+    defaults["standardize"] = False
     return ReftConfig(**defaults | options)
 
 
