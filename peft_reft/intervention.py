@@ -87,7 +87,7 @@ class Intervention(nn.Module):
         form = standardized_form(variant, act_fn) if standardize else None
         self.is_standardized = form is not None
         self.waits_for_scale = self.is_standardized  # until the first training call in this process
-        self.named, self.variant, self.d, self.r = variant, form or variant, d, r
+        self.configured, self.variant, self.d, self.r = variant, form or variant, d, r
         unmeasured = torch.full((d,), UNMEASURED, dtype=torch.int8) if self.is_standardized else None
         self.register_buffer("_exponents", unmeasured)
         self._R = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
@@ -134,7 +134,7 @@ class Intervention(nn.Module):
             nn.init.orthogonal_(self.W)  # type: ignore[arg-type]
             nn.init.zeros_(self.b)
             return
-        if self.named.orthonormal:
+        if self.configured.orthonormal:
             nn.init.orthogonal_(self.R, gain=LENGTH)
         else:
             nn.init.kaiming_uniform_(self.R, a=math.sqrt(5))  # as nn.Linear
@@ -158,8 +158,8 @@ class Intervention(nn.Module):
 
     def _standardize_drawn(self) -> None:
         """Make the drawn parameters those of the same edit in units of a scale of one."""
-        projection = projections(self.R, self.named.orthonormal)
-        if self.named.subtract and not self.variant.subtract:
+        projection = projections(self.R, self.configured.orthonormal)
+        if self.configured.subtract and not self.variant.subtract:
             self.W.sub_(projection)  # type: ignore[union-attr]
         self.R.copy_(projection / math.sqrt(STANDARD_RANK / self.r))
 
