@@ -89,15 +89,13 @@ took("load")
 base_answers = answer(model, tokenizer, prompts)
 took("base answers")
 
-# 2. Fine-tuning: rank-4 edits at the first and last five prompt tokens of four blocks
+# 2. Fine-tuning: rank-4 edits at the first and last five prompt tokens of every block
 
-depth = model.config.get_text_config().num_hidden_layers
 config = ReftConfig(
     task_type="CAUSAL_LM",
     r=4,
     positions="f5+l5",
     share_weights=True,
-    layers_to_transform=sorted({depth * i // 9 for i in (1, 3, 5, 7)}),
 )
 trainer = SFTTrainer(
     model=model,
