@@ -265,6 +265,7 @@ def interrupt_in(call, function):
         function()
     finally:
         sys.setprofile(None)
+        torch.set_grad_enabled(True)  # torch's own no_grad leaves gradients off if its __exit__ is interrupted
     return count
 
 
