@@ -16,13 +16,14 @@ from peft_reft import last_whole_checkpoint
 pytestmark = pytest.mark.slow
 
 DIE = Path(__file__).with_name("die.py")
-# What is killed when, and the step of the last whole checkpoint; checkpoints are those of steps 2, 4 and 6. What each
-# other file means that is written in part: tests/test_checkpoints.py.
+# What is killed when, and the step of the last whole checkpoint; checkpoints are those of steps 2, 4 and 6
 FAULTS = {
     "ddp": {
         "in a step": ({"rank": 1, "step": 5}, 4),
         "adapter": ({"rank": 0, "file": "checkpoint-4/adapter_model.safetensors"}, 2),
+        "optimizer": ({"rank": 0, "file": "checkpoint-4/optimizer.pt"}, 2),
         "random numbers of another process": ({"rank": 1, "file": "checkpoint-4/rng_state_1.pth"}, 2),
+        "state of the trainer": ({"rank": 0, "file": "checkpoint-6/trainer_state.json"}, 4),
     },
     "fsdp2": {
         "in a step": ({"rank": 1, "step": 5}, 4),
