@@ -27,6 +27,11 @@ LENGTH = 0.5
 STANDARD_RANK = 8
 
 
+def standard_factor(r: int) -> float:
+    """Return what the edit of a standardised unit of rank r is multiplied by."""
+    return math.sqrt(STANDARD_RANK / r)
+
+
 class Unit(Protocol):
     """What edits hidden states: an `Intervention`, or those of the adapters of a mixed batch."""
 
@@ -161,7 +166,7 @@ class Intervention(nn.Module):
         projection = projections(self.R, self.configured.orthonormal)
         if self.configured.subtract and not self.variant.subtract:
             self.W.sub_(projection)  # type: ignore[union-attr]
-        self.R.copy_(projection / math.sqrt(STANDARD_RANK / self.r))
+        self.R.copy_(projection / standard_factor(self.r))
 
     def keep_dtype(self) -> None:
         """Remember the parameters as they are now, so that `restore_dtype` can undo what else casts them."""
@@ -192,7 +197,7 @@ class Intervention(nn.Module):
         For FSDP2, accelerate moves the model there, and shards all that the state dict has: buffers cannot be.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.b.device.type == "meta":
+        if self.b.is_meta:
             destination.pop(f"{prefix}_exponents", None)
 
     def _load_from_state_dict(
@@ -202,7 +207,7 @@ class Intervention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
         if f"{prefix}_exponents" in missing:
             missing.remove(f"{prefix}_exponents")
-            if self._exponents.is_meta and self.b.device.type != "meta":  # type: ignore[union-attr]
+            if self._exponents.is_meta and not self.b.is_meta:  # type: ignore[union-attr]
                 self._exponents = self._kept_exponents.to(self.b.device)  # type: ignore[union-attr]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -247,7 +252,7 @@ def in_units_of_states(
     """The matrices [units, r, d] of standardised units of one rank, in the units of the hidden states."""
     exponents: Any = stack([unit.exponents for unit in units])  # type: ignore[misc]
     scale = scale_of(exponents).to(projection.dtype).unsqueeze(1)
-    return projection * (scale * math.sqrt(STANDARD_RANK / units[0].r)), weight / scale
+    return projection * (scale * standard_factor(units[0].r)), weight / scale
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -81,7 +81,7 @@ def complete_trainer() -> None:
     module: Any = sys.modules.get("transformers.trainer")
     if hasattr(module, "Trainer"):
         complete(module.CallbackHandler, "on_init_end", restore_dtypes)
-        complete(module.Trainer, "_get_dataloader", add_prompt_lengths)
+        complete(module.Trainer, "_get_dataloader", begin_data)
         complete(module.Trainer, "_prepare_inputs", note_labels_in_evaluation)
         complete(module.Trainer, "_save_checkpoint", begin_checkpoint)
         complete(module.Trainer, "save_model", save_sharded)
@@ -409,6 +409,13 @@ def roles_of(model: Any) -> list[Role]:
     return [role for role in roles if role is not None]
 
 
+def begin_data(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
+    """A trainer makes its data loaders here, that of training before its first step."""
+    if kwargs.get("is_training") and trainer.model is not None and roles_of(trainer.model):
+        warn_if_frozen(trainer.model)
+    return add_prompt_lengths(method, trainer, *args, **kwargs)
+
+
 def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
     """Have a trainer's batches hold `prompt_lengths`, where one length a row says where the prompt ends.
 
@@ -418,8 +425,6 @@ def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: An
     """
     model, collator = trainer.model, trainer.data_collator
     roles = [] if model is None else roles_of(model)
-    if roles and kwargs.get("is_training"):
-        warn_if_frozen(model)
     if not any(role.kind in ("causal", "decoder") for role in roles):
         return method(trainer, *args, **kwargs)
     adder = PromptLengthsAdder(collator, os.environ.get(SWITCH) != "0" and takes_prompt_lengths(trainer, roles[0]))

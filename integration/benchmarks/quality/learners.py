@@ -142,7 +142,6 @@ def make_learner(job: Job) -> Learner:
     torch.manual_seed(job.seed)
     options = dict(job.contender)
     method = options.pop("method")
-    options.pop("learning_rates", None)
     if method == "base":
         return Learner(base)
     if method == "pyreft":

@@ -130,7 +130,7 @@ class Prepared:
         setup, training = self.setup, self.setup.family.training
         return Job(
             model=setup.model,
-            contender=contender,
+            contender={name: value for name, value in contender.items() if name != "learning_rates"},
             scoring=setup.family.scoring,
             metric=self.task.metric,
             train=self.train,
