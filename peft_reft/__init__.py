@@ -5,13 +5,13 @@ transformers' `load_adapter` take it as they take their own. An installed packag
 (`autoload.py`).
 """
 
-from .checkpoints import last_whole_checkpoint
 from .collator import DataCollatorWithPromptLengths
 from .config import ReftConfig
-from .lengths import prompt_lengths
 from .model import ReftModel
 from .registration import register
-from .upstream import complete_upstream
+from .resume import last_whole_checkpoint
+from .runtime.lengths import prompt_lengths
+from .upstream.patch import complete_upstream
 
 __all__ = [
     "DataCollatorWithPromptLengths",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .spans import IGNORED_LABEL, answer_starts, ranks, sequence_ids
+from .positions.prompts import IGNORED_LABEL, answer_starts, ranks, sequence_ids
 
 
 @dataclass

@@ -14,9 +14,9 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .card import describe_use
-from .positions import Positions
+from .positions.language import Positions
 from .registration import REFT
+from .saving.card import describe_use
 
 
 @dataclass(frozen=True)

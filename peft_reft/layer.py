@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import VARIANTS, ReftConfig
-from .intervention import Intervention, Unit, edit
-from .plan import Plan
-from .positions import AnyPositions, Positions, Rows
-from .scale import UNMEASURED, measure_exponents
+from .edits.intervention import Intervention, Unit, edit
+from .edits.scale import UNMEASURED, measure_exponents
+from .positions.language import AnyPositions, Positions, Rows
+from .runtime.plan import Plan
 from .transforms import sees_operations
 
 # The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an

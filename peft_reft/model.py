@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from . import mixed_batch as mixed_batches
 from .base_adapters import (
     active_base_adapters,
     are_trained,
@@ -24,10 +23,8 @@ from .base_adapters import (
     others_kept,
     split_base,
 )
-from .compatibility import trained_tokens
 from .config import ReftConfig
-from .hooks import family_of, hook_model, hook_module, mix, unhook_model
-from .intervention import Intervention
+from .edits.intervention import Intervention
 from .layer import (
     CANNOT_MERGE,
     LAYER,
@@ -42,9 +39,12 @@ from .layer import (
     plain_name,
     uncompiled,
 )
-from .layout import architecture_of
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
+from .runtime import adapter_names as mixed_batches
+from .runtime.attach import family_of, hook_model, hook_module, mix, unhook_model
+from .runtime.block_outputs import architecture_of
+from .saving.compatibility import trained_tokens
 from .targets import find_targets, is_excluded
 from .transaction import remember, transaction
 

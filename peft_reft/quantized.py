@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .intervention import Intervention
+from .edits.intervention import Intervention
 
 STEP, WRONG = 0.1, 0.5  # of a probe's input, which is of size 1; the error of its gradient that is one by mistake
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .call import reads_text
 from .config import ReftConfig
 from .layer import COMPILED, ReftLayer, plain_name, uncompiled
+from .runtime.call import reads_text
 
 # Layers of attention and MLPs in transformers' models whose output is used within them. LoRA configs name these.
 INNER = re.compile(

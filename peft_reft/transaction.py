@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .per_thread import PerThread
+from .runtime.state import PerThread
 
 _transactions = PerThread()  # those that are open, the outermost first, each as the snapshots that it would restore
 

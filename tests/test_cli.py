@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_reft import cli
+from peft_reft.cli import main as cli
 
 
 @pytest.fixture
@@ -81,13 +81,12 @@ def test_errors_are_printed(tmp_path, capsys):
 
 def test_entry_point():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert '[project.scripts]\npeft-reft = "peft_reft.cli:main"\n' in project
+    assert '[project.scripts]\npeft-reft = "peft_reft.cli.main:main"\n' in project
 
 
 def test_run_as_a_module(tmp_path, monkeypatch, capsys):
     command = ["convert", "adapters", str(tmp_path), "x", "--base-model", "base"]
     monkeypatch.setattr(sys, "argv", ["peft_reft.cli", *command])
-    monkeypatch.delitem(sys.modules, "peft_reft.cli")  # or runpy warns
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("peft_reft.cli", run_name="__main__")
     assert exit.value.code == 1

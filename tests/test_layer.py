@@ -5,9 +5,9 @@ from torch.utils._pytree import tree_leaves
 
 from peft_reft import ReftConfig
 from peft_reft.config import VARIANTS
-from peft_reft.intervention import edit
+from peft_reft.edits.intervention import edit
 from peft_reft.layer import Key, ReftLayer, adapted_modules, edit_rows, layer_of
-from peft_reft.positions import Rows
+from peft_reft.positions.language import Rows
 
 
 def make_layer(**options):

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig
-from peft_reft.positions import Positions
+from peft_reft.positions.language import Positions
 
 LARGE = {"Llama-3 8B": llama(4096, 32, 32, 8, 14336), "Llama-3 70B": llama(8192, 80, 64, 8, 28672)}
 SMALL = [llama(64, 2, 4, 2, 192, 96), llama(128, 3, 8, 2, 448, 160), llama(256, 4, 4, 4, 704, 512)]

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 from transformers import AutoModelForCausalLM, set_seed
 
 from peft_reft import ReftConfig, intervention
-from peft_reft.orthogonal import orthonormal_rows
+from peft_reft.edits.orthonormal import orthonormal_rows
 
 PROMPT, ANSWER, BATCH = 20, 6, 8
 WIDE = 1024  # torch's parametrizations take d x d matrices: wider ones are timed for one unit

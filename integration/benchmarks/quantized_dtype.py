@@ -33,7 +33,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig
-from peft_reft.intervention import Intervention
+from peft_reft.edits.intervention import Intervention
 
 DATA = Path(__file__).parents[2] / "examples" / "demo" / "instructions.jsonl"
 WORDS = 256

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_reft.scale import measure_exponents, scale_of
+from peft_reft.edits.scale import measure_exponents, scale_of
 
 TEXTS = Path(__file__).parents[2] / "examples" / "demo" / "instructions.jsonl"
 LABELS = {

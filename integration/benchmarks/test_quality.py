@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as Fast
 
-from peft_reft.intervention import Intervention
+from peft_reft.edits.intervention import Intervention
 
 PROTOCOL = load_protocol()
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"

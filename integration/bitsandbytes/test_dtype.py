@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from trainers import losses, make_trainer, reft
 from trl import DPOConfig, DPOTrainer
 
-from peft_reft.intervention import Intervention
+from peft_reft.edits.intervention import Intervention
 
 pytest.importorskip("bitsandbytes")
 

@@ -20,9 +20,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from peft_reft.cli import main
+from peft_reft.cli.main import main
 from peft_reft.convert import convert_adapters, convert_pyreft
-from peft_reft.positions import Positions
+from peft_reft.positions.language import Positions
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = [f"{folder.parent.name}/{folder.name}" for folder in sorted(FIXTURES.glob("[ap]*/*/"))]

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from peft_reft import ReftConfig
-from peft_reft.intervention import Intervention
+from peft_reft.edits.intervention import Intervention
 
 COLUMNS = {  # of a prompt of n tokens; f5+l5 are cut to half of it, and the last tokens get an odd one
     "f2+l2": lambda n: {"prefix": [0, 1], "suffix": [n - 2, n - 1]},

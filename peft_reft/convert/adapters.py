@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import VARIANTS
-from ..positions import Positions
+from ..positions.language import Positions
 from .edits import Edits, Tensors
 from .files import check_shapes, fetch, read_config, read_tensors, take, take_orthogonal
 

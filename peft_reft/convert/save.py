@@ -14,10 +14,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from ..config import VARIANTS, ReftConfig
-from ..intervention import LENGTH
+from ..edits.intervention import LENGTH
+from ..edits.orthonormal import orthonormal_rows
 from ..layer import Key
 from ..model import PEFT_PREFIX, check_checkpoint, needed_tensors
-from ..orthogonal import orthonormal_rows
 from ..targets import find_blocks
 from .edits import Edits, Tensors
 

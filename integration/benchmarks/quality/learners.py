@@ -84,7 +84,7 @@ class WithReft(WithPeft):
     """
 
     def __init__(self, base: Any, config: Any, mixed: Sequence[str] = ()):
-        from peft_reft.intervention import Intervention
+        from peft_reft.edits.intervention import Intervention
 
         super().__init__(base, config)
         for unit in [module for module in self.model.modules() if isinstance(module, Intervention)]:

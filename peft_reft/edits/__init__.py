@@ -1,0 +1,1 @@
+"""What an edit computes: it needs torch only."""

@@ -1,0 +1,361 @@
+"""One call of a model: what it is given, and where its prompts are."""
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..positions.language import AnyPositions, Spans
+from ..positions.prompts import (
+    IGNORED_LABEL,
+    before_labels,
+    check,
+    given_lengths,
+    sequence_ids,
+    valid_tokens,
+    whole_sequences,
+    without_padding,
+)
+from .adapter_names import MixedBatch
+from .continuous_batching import Requests
+from .generate import (
+    CACHES,
+    STATES,
+    Family,
+    Generation,
+    find_cache,
+    given_shape,
+    given_tokens,
+    padding_id,
+    tokens_before,
+)
+
+SIGNAL = "signal"  # what a model of images or sound is given, whatever its forward calls it
+SIGNAL_MASKS = ("attention_mask", "patch_attention_mask", "pixel_attention_mask")
+
+# The arguments of a model's forward that tell where prompts are.
+TELLING = (
+    "input_ids",
+    "inputs_embeds",
+    "position_ids",
+    "cu_seq_lens_q",
+    "labels",
+    "prompt_lengths",
+    "encoder_outputs",
+    SIGNAL,
+    *SIGNAL_MASKS,
+    "logits_to_keep",
+    *CACHES,
+    *STATES,
+)
+
+USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
+
+_labelled: "weakref.WeakKeyDictionary[Family, WeakIdKeyDictionary]" = weakref.WeakKeyDictionary()  # ids as keys
+_warned: "weakref.WeakSet[Family]" = weakref.WeakSet()  # of a whole input that was taken for the prompt
+
+
+def note_labels(family: Family, input_ids: Any) -> None:
+    """Keep in mind, for as long as they live, that ids came with labels, which say where their prompts end."""
+    if isinstance(input_ids, torch.Tensor) and not torch.compiler.is_compiling():
+        _labelled.setdefault(family, WeakIdKeyDictionary())[input_ids] = True
+
+
+def had_labels(family: Family, input_ids: Any) -> bool:
+    """Whether these very ids came with labels before."""
+    is_known = isinstance(input_ids, torch.Tensor) and not torch.compiler.is_compiling()
+    return is_known and input_ids in _labelled.get(family, ())
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a module that is called is to its model.
+
+    Attributes:
+        family (`Family`): the model that it belongs to.
+        kind (`str`): `"causal"` for a model that continues its prompt; `"whole"` for one whose whole input is the
+            prompt (encoders, classifiers); `"signal"` for such a model of images or sound, which makes its tokens
+            itself; `"decoder"` for the decoder of an encoder-decoder model.
+        depth (`int`): how deep in the model it lies.
+        argument_names (`tuple[str, ...]`): names of the positional arguments of the forward, in order.
+        apart (`bool`): whether its tokens are not those of the model around it (an encoder and a decoder, a vision
+            tower), so that its calls have plans of their own.
+    """
+
+    family: Family
+    kind: str
+    depth: int
+    argument_names: tuple[str, ...]
+    apart: bool = False
+
+
+def reads_text(module: nn.Module) -> bool:
+    """Whether a model is given text, perhaps beside images or sound."""
+    return "text" in getattr(module, "input_modalities", "text")
+
+
+@dataclass
+class Call:
+    """One call of a model.
+
+    Attributes:
+        role (`Role`): what the called module is.
+        owner (`nn.Module`, *optional*): that module; None once the call is over.
+        training (`bool`): whether it is in training mode.
+        arguments (`dict`): those of its arguments that are in `TELLING`.
+        generation (`Generation` or `Requests`, *optional*): the call of `generate` that it is part of, or the requests
+            that it serves.
+        tokens (`int`, *optional*): how many tokens the module is given, None if it is given no text.
+        is_answering (`bool`): whether all of them come after the prompts.
+    """
+
+    role: Role
+    owner: nn.Module | None
+    training: bool
+    arguments: Mapping[str, Any]
+    generation: Generation | Requests | None = None
+    tokens: int | None = None
+    is_answering: bool = False
+    _window: tuple[int, int] | None = None
+    _past: int | torch.Tensor | None = 0
+    _block_mask: tuple[torch.Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.owner is None:
+            return  # over; what was found stays
+        # Before the call goes on: blocks add to the cache.
+        self.tokens = given_tokens(self.arguments) if self.tokens is None else self.tokens
+        if self.generation is not None:
+            self._window = self.generation.window(self.arguments)
+        elif self.continues:
+            past = tokens_before(self.arguments)
+            self._past = past.clone() if isinstance(past, torch.Tensor) else past
+        self.is_answering = self._are_answer(self.tokens)
+
+    def _are_answer(self, tokens: int | None) -> bool:
+        """Whether so many tokens are known to come after the prompts, none of which need be looked for."""
+        if self.generation is not None:
+            return self._window is None
+        begins = isinstance(self._past, int) and self._past == 0
+        return self.continues and tokens == 1 and not begins and "prompt_lengths" not in self.arguments
+
+    def contains(self, role: Role, arguments: Mapping[str, Any]) -> bool:
+        """Whether a module that is called now is part of this call.
+
+        An interrupt can leave the plan of a call behind that has ended, so it is not enough that the module lies
+        deeper in the same model, on the same sequence: it must be given no other ids. (Embeddings cannot tell.)
+        """
+        ids, own_ids = arguments.get("input_ids"), self.arguments.get("input_ids")
+        is_within = role.family is self.role.family and role.depth > self.role.depth
+        return is_within and not role.apart and (ids is None or ids is own_ids)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model goes on with its prompt."""
+        return self.role.kind in ("causal", "decoder")
+
+    def is_around(self, role: Role) -> bool:
+        """Whether a module that is called now has tokens of its own within this call's model."""
+        return role.apart and not self.role.apart and role.depth > self.role.depth
+
+    def told_to(self, role: Role) -> dict[str, Any]:
+        """What is given to this call's model and tells of a module within it."""
+        told = ("labels", "prompt_lengths", "encoder_outputs") if role.kind == "decoder" else ()
+        return {name: self.arguments[name] for name in told if name in self.arguments}
+
+    def check_mixed(self, mixed_batch: MixedBatch, batch: int) -> None:
+        """Raise a ValueError unless it is known which rows of the call belong to which adapter."""
+        config = getattr(self.owner, "config", None)
+        is_tower = self.role.kind == "signal" and self.role.apart and not getattr(config, "is_encoder_decoder", False)
+        if is_tower and len(set(mixed_batch.names)) > 1:
+            raise ValueError(
+                f"adapter_names={list(mixed_batch.names)}: {type(self.owner).__name__} is given images or sounds, and "
+                "ReFT cannot tell to which row of the text each belongs. Run one batch an adapter, or edit the "
+                "language model alone."
+            )
+        mixed_batch.repeats(batch, expanded=self.generation is not None)
+
+    def ended(self) -> "Call":
+        """The call without what it was given."""
+        return replace(self, owner=None, arguments={}, generation=None)
+
+    def prompts(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans | None:
+        """Find the prompts.
+
+        Args:
+            positions (`Positions` or `PositionsOfRows`): the choice of positions, which says what must be known.
+            batch, tokens (`int`): shape of the hidden states.
+            device (`torch.device`): device of the hidden states.
+
+        Returns:
+            `Spans`, or None where the tokens are in no prompt.
+
+        Raises:
+            ValueError: if the arguments do not tell where prompts end, or contradict themselves.
+        """
+        if self.role.kind == "signal":
+            return self._prompts_of_signal(positions, batch, tokens, device)
+        arguments, given = self.arguments, self.tokens
+        keep = arguments.get("logits_to_keep")
+        if given is not None and tokens < given and isinstance(keep, int) and tokens == keep:
+            # Layers that write no cache may be given only the tokens whose logits are asked for (Gemma 4).
+            spans = self.prompts(positions, batch, given, device)
+            return None if spans is None else _after(spans, given - tokens)
+        if (shape := given_shape(arguments)) is not None and len(shape) > 2 and shape[:2] != (batch, tokens):
+            raise ValueError(
+                f"{type(self.owner).__name__} was given input of shape {list(shape)}, several sequences a row, which "
+                f"it lays out anew as {batch} rows of {tokens} tokens. ReFT does not follow that. Give it one "
+                "sequence a row, [batch, tokens]."
+            )
+        if given is not None and given != tokens:
+            raise ValueError(
+                f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "
+                "states of the model's tokens: name others in target_modules."
+            )
+        if self._are_answer(tokens):
+            return None
+        if self.generation is not None:
+            assert self._window is not None
+            return self.generation.spans(self._window, batch, device)
+        lengths, past = arguments.get("prompt_lengths"), int(self._past or 0)
+        valid = self._valid(arguments.get("attention_mask"), past, batch, tokens, device)
+        sequences = sequence_ids(arguments, valid) if not past else None
+        labels = arguments.get("labels")
+        if not self.continues or labels is None or tuple(labels.shape) != (batch, tokens):
+            labels = None  # of another kind: classes or spans
+        elif self.role.kind == "decoder":  # whose labels lie at the token before the one that they are
+            labels = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED_LABEL)
+        if lengths is not None:
+            spans = given_lengths(valid, sequences, lengths)
+        elif labels is not None:
+            packed = arguments.get("cu_seq_lens_q") is not None
+            # what the cache holds is no answer
+            labels = torch.nn.functional.pad(labels, (past, 0), value=IGNORED_LABEL)
+            spans = before_labels(valid, sequences, labels, positions, packed)
+            note_labels(self.role.family, arguments.get("input_ids"))
+        else:
+            if positions.need_end and self.continues:
+                if self.training:
+                    raise ValueError(self._no_end(positions))
+                if had_labels(self.role.family, arguments.get("input_ids")):
+                    raise ValueError(self._labels_withheld(positions))
+                self._warn_of_guess(positions, tokens)
+            spans = whole_sequences(valid, sequences)
+        return _after(spans, past)
+
+    def see_mask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Look at the mask that an adapted module was given: only it counts tokens that were made of a signal."""
+        if self._block_mask is None:
+            names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            if "attention_mask" in names:
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                self._block_mask = (given.get("attention_mask"),)
+
+    def _prompts_of_signal(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans:
+        """All that a model of images or sound makes of its input is its prompt."""
+        signal = self.arguments.get(SIGNAL)
+        if (positions.prefix or positions.suffix) and signal is not None and len(signal) != batch:
+            raise ValueError(
+                f"positions='{positions.text}': {type(self.owner).__name__} lays its input {list(signal.shape)} into "
+                f"{batch} rows of {tokens} tokens, so ReFT cannot tell where each image begins and ends. Choose "
+                "'prompt' or 'all' there."
+            )
+        if self._block_mask is not None:
+            mask = self._block_mask[0]
+        else:
+            given = [self.arguments[name] for name in SIGNAL_MASKS if name in self.arguments]
+            mask = given[0].flatten(1) if given else None
+            if mask is not None and tuple(mask.shape) != (batch, tokens):
+                check(
+                    (mask != 0).all(),
+                    f"The mask {list(given[0].shape)} does not count the {tokens} tokens that are made of the input, "
+                    "so ReFT cannot tell which are padding: adapt blocks, which are given a mask of their own.",
+                )
+                mask = None
+        return whole_sequences(self._valid(mask, 0, batch, tokens, device))
+
+    def _valid(self, mask: Any, past: int, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """Which tokens are no padding [batch, past + tokens]; all, where neither a mask nor the ids tell."""
+        valid = valid_tokens(mask, past, tokens, self.continues)
+        if valid is None and not past:
+            valid = self._valid_by_ids(batch, tokens)
+        if valid is None:
+            valid = torch.ones(batch, past + tokens, dtype=torch.bool, device=device)
+        return valid.to(device).expand(batch, -1)
+
+    def _valid_by_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
+        """Which tokens are no padding [batch, tokens], by the padding token that the model's config names.
+
+        None where it names none, or one that rows can begin or end with; a decoder may begin with its padding token.
+        """
+        ids, config = self.arguments.get("input_ids"), getattr(self.owner, "config", None)
+        if self.role.kind not in ("causal", "whole") or ids is None or tuple(ids.shape) != (batch, tokens):
+            return None
+        sources = (getattr(self.owner, "generation_config", None), config, getattr(config, "text_config", None))
+        names = ("pad_token_id", "eos_token_id", "bos_token_id")
+        pad = padding_id([{name: getattr(source, name, None) for name in names} for source in sources], names[1:])
+        return None if pad is None else without_padding(ids, pad)
+
+    def _no_end(self, positions: AnyPositions) -> str:
+        message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
+        if self.role.kind == "decoder":
+            return message + (
+                "Pass `labels` to the encoder-decoder model's forward, or `prompt_lengths`, a LongTensor [batch] with "
+                "the number of tokens in `decoder_input_ids` that come before each answer (1 for the start token "
+                "alone). Or choose 'f<n>' or 'all', or edit the encoder."
+            )
+        return message + (
+            "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] "
+            "with the number of tokens in each prompt, padding not counted. With a trainer that keeps the labels for "
+            "a loss of its own (compute_loss_func, label smoothing), have the data collator add the lengths: "
+            f"{USE_COLLATOR}. Without training (model.eval()) the whole input is taken for the prompt."
+        )
+
+    def _labels_withheld(self, positions: AnyPositions) -> str:
+        return (
+            "The input_ids came with labels, and the model is given them without, but "
+            f"positions='{positions.text}' need to know where each prompt ends: without labels the answers would be "
+            "taken for a part of it. Read the logits off the call with labels, or pass `prompt_lengths` to both. With "
+            "a trainer that keeps the labels (label smoothing, compute_loss_func, compute_metrics), have the data "
+            f"collator add the lengths: {USE_COLLATOR}."
+        )
+
+    def _warn_of_guess(self, positions: AnyPositions, tokens: int) -> None:
+        """Warn, once for each model, that a whole input is taken for the prompt, which may hold an answer."""
+        if torch.compiler.is_compiling() or tokens == 1 or self.role.family in _warned:
+            return
+        if find_cache(self.arguments) is not None or any(name in self.arguments for name in STATES):
+            return
+        _warned.add(self.role.family)
+        warnings.warn(
+            f"The model was called in eval mode with several tokens, without labels and prompt_lengths. positions="
+            f"'{positions.text}' take the whole input for the prompt, which is wrong if it holds an answer (to score "
+            "it, or where each token is decoded by a call over all tokens). Pass `prompt_lengths`, a LongTensor "
+            "[batch] with the number of tokens in each prompt, padding not counted, or call what you cannot change "
+            "within `with peft_reft.prompt_lengths(model, lengths):`. Once for each model.",
+            stacklevel=2,
+        )
+
+
+def _after(spans: Spans, past: int) -> Spans:
+    """The tokens that come after those in the cache."""
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.shape[1] == 1 else tensor[:, past:]
+
+    if not past:
+        return spans
+    return replace(
+        spans,
+        valid=cut(spans.valid),
+        rank=cut(spans.rank),
+        prefix_length=cut(spans.prefix_length),
+        suffix_length=cut(spans.suffix_length),
+        answer=None if spans.answer is None else cut(spans.answer),
+    )

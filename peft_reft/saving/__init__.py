@@ -1,0 +1,1 @@
+"""What an adapter saves: configs that fit, the model card, checkpoints that are read safely."""
