@@ -14,48 +14,10 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .edits.variants import VARIANTS
 from .positions.language import Positions
 from .registration import REFT
 from .saving.card import describe_use
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The three switches of the family.
-
-    Attributes:
-        orthonormal: whether the rows of R are kept orthonormal.
-        subtract: whether the projection of h is replaced (R^T (s - R h)) or added to (R^T s).
-        linear: whether the source s is act(W h + b), or b alone.
-    """
-
-    orthonormal: bool
-    subtract: bool
-    linear: bool
-
-
-# The classes are those of pyreft 0.1.0, pyreft/interventions.py.
-VARIANTS = {
-    "loreft": Variant(orthonormal=True, subtract=True, linear=True),  # LoreftIntervention
-    "noreft": Variant(orthonormal=False, subtract=True, linear=True),  # NoreftIntervention
-    "direft": Variant(orthonormal=False, subtract=False, linear=True),  # NodireftIntervention, the paper's DiReFT
-    "direft_orthogonal": Variant(orthonormal=True, subtract=False, linear=True),  # DireftIntervention
-    "consreft": Variant(orthonormal=True, subtract=True, linear=False),  # ConsreftIntervention
-    "lobireft": Variant(orthonormal=True, subtract=False, linear=False),  # LobireftIntervention
-}
-
-
-def standardized_form(variant: Variant, act_fn: str | None) -> Variant | None:
-    """Return the variant in which a standardised edit is trained, None where the units cannot change.
-
-    Without an activation, R^T (W h + b - R h) with orthonormal rows is any affine map of rank r, and so is
-    R^T (W h + b) with free ones. Between R and R^T, an activation or a constant keeps rows orthonormal in the units
-    of the hidden states.
-    """
-    if variant.linear and act_fn is None:
-        return Variant(orthonormal=False, subtract=False, linear=True)
-    return variant if variant.linear and not variant.orthonormal else None
-
 
 # Of what is saved: raised when an older version would read an adapter as another one.
 FORMAT = 1
@@ -331,7 +293,7 @@ def find_activation(name: str | None) -> Callable[[torch.Tensor], torch.Tensor] 
             f"act_fn={name!r} is unknown. Choose a name from transformers.activations.ACT2FN "
             f"({', '.join(sorted(ACT2FN))}) whose activation has no parameters, or None for the identity."
         )
-    activation = ACT2FN[name]
+    activation = _activation(name)
     if isinstance(activation, nn.Module) and (held := ", ".join(activation.state_dict())):
         raise ValueError(
             f"act_fn={name!r} has parameters or buffers of its own ({held}). An adapter holds R, W and b alone, so "
@@ -339,6 +301,12 @@ def find_activation(name: str | None) -> Callable[[torch.Tensor], torch.Tensor] 
             "'silu', or None for the identity."
         )
     return activation
+
+
+@functools.cache
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the same activation for each unit, so that those of a mixed batch are applied together."""
+    return ACT2FN[name]
 
 
 def _is_number(value: Any) -> bool:

@@ -8,12 +8,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .config import VARIANTS, ReftConfig
-from .edits.intervention import Intervention, Unit, edit
+from .config import ReftConfig, find_activation
+from .edits.apply import Unit, edit_rows
+from .edits.intervention import Intervention
 from .edits.scale import UNMEASURED, measure_exponents
-from .positions.language import AnyPositions, Positions, Rows
+from .edits.variants import VARIANTS
+from .positions.language import AnyPositions, Positions
 from .runtime.plan import Plan
-from .transforms import sees_operations
 
 # The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an
 # underscore, as names of adapters rarely do: PEFT does not save keys that have the name of another adapter in them.
@@ -94,7 +95,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         positions = Positions.parse(config.positions)
         self.positions[adapter_name] = positions
         for unit in positions.units(config.share_weights):
-            options: Any = (config.dropout, config.act_fn, config.standardize)
+            options: Any = (config.dropout, find_activation(config.act_fn), config.standardize)
             intervention = Intervention(VARIANTS[config.intervention], self.d, r, *options)
             if is_drawn:
                 intervention.reset_parameters(config.init_weights)
@@ -236,58 +237,3 @@ def base_modules(
 def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
     """The modules of a model that have a `ReftLayer`, with it, by name."""
     return {name: (module, layer) for name, module in base_modules(model) if (layer := layer_of(module)) is not None}
-
-
-class TakeRows(torch.autograd.Function):
-    """Take some tokens out, and what is left, into which `PutRows` must put them back.
-
-    Together they copy the hidden states once on the way forward, and their gradient once on the way back: that of what
-    is left is right but at the tokens that were taken, where that of these belongs.
-    """
-
-    @staticmethod
-    def forward(
-        hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden_states[rows, columns], hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, of_taken: torch.Tensor, of_left: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return of_left.index_put(ctx.saved_tensors, of_taken), None, None
-
-
-class PutRows(torch.autograd.Function):
-    """Put tokens that `TakeRows` has taken back into what it has left."""
-
-    @staticmethod
-    def forward(left: torch.Tensor, taken: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        return left.index_put((rows, columns), taken)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.save_for_backward(*inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        return gradient, gradient[ctx.saved_tensors], None, None
-
-
-def edit_rows(hidden_states: torch.Tensor, units: Mapping[str, Unit], rows: Rows) -> torch.Tensor:
-    """Edit some tokens: take them, edit, put back.
-
-    Args:
-        hidden_states (`torch.Tensor` [batch, tokens, d]): all tokens.
-        units (`Mapping[str, Unit]`): the adapter's units by name.
-        rows (`Rows`): the tokens that some of them edit.
-    """
-    own = [units[name] for name in rows.units]
-    if rows.indices is None:
-        return edit(own, hidden_states.unsqueeze(0), rows.mask).squeeze(0)
-    if sees_operations():
-        return hidden_states.index_put(rows.indices, edit(own, hidden_states[rows.indices], rows.mask))
-    taken, left = TakeRows.apply(hidden_states, *rows.indices)
-    return PutRows.apply(left, edit(own, taken, rows.mask), *rows.indices)

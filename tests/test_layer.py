@@ -4,10 +4,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_reft import ReftConfig
-from peft_reft.config import VARIANTS
-from peft_reft.edits.intervention import edit
-from peft_reft.layer import Key, ReftLayer, adapted_modules, edit_rows, layer_of
-from peft_reft.positions.language import Rows
+from peft_reft.edits.apply import edit, edit_rows
+from peft_reft.edits.variants import VARIANTS
+from peft_reft.layer import Key, ReftLayer, adapted_modules, layer_of
+from peft_reft.positions.select import Selection
 
 
 def make_layer(**options):
@@ -32,9 +32,9 @@ def some_rows(indexed):
     """Of five tokens the prefix edits the third and the suffix the first, beside tokens of none."""
     if indexed:
         indices = torch.tensor([[[0]]]), torch.tensor([[[2, 3]], [[0, 4]]])
-        return [Rows(("prefix", "suffix"), indices, torch.tensor([[[True, False]]] * 2))]
+        return [Selection(("prefix", "suffix"), indices, torch.tensor([[[True, False]]] * 2))]
     prefix, suffix = torch.arange(5).view(1, 1, 5) == 2, torch.arange(5).view(1, 1, 5) == 0
-    return [Rows(("prefix",), None, prefix), Rows(("suffix",), None, suffix)]
+    return [Selection(("prefix",), None, prefix), Selection(("suffix",), None, suffix)]
 
 
 def edit_all(hidden_states, units, indexed):
@@ -127,7 +127,7 @@ def test_dropout_of_edited_tokens_alone():
 
 def of_two_rows():
     indices = torch.tensor([[[0], [1]]]), torch.tensor([[[2, 0]] * 2, [[7, 8]] * 2])
-    return Rows(("prefix", "suffix"), indices, torch.tensor([[[True, False]] * 2] * 2))
+    return Selection(("prefix", "suffix"), indices, torch.tensor([[[True, False]] * 2] * 2))
 
 
 def test_hidden_states_that_are_not_edited_are_not_kept_for_the_backward_pass():

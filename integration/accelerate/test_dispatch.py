@@ -12,7 +12,7 @@ from trainers import assert_equal_tensors, gradients, losses, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_reft import ReftConfig, layer
-from peft_reft.layer import edit_rows
+from peft_reft.edits.apply import edit_rows
 
 COLUMNS = {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]}
 PLACES = {"": "cpu"}

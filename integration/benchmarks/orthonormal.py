@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import AutoModelForCausalLM, set_seed
 
-from peft_reft import ReftConfig, intervention
+from peft_reft import ReftConfig
+from peft_reft.edits import intervention
 from peft_reft.edits.orthonormal import orthonormal_rows
 
 PROMPT, ANSWER, BATCH = 20, 6, 8
@@ -125,7 +126,7 @@ GRAM_SCHMIDT = {
 }
 FUNCTIONS = GRAM_SCHMIDT | {"Newton-Schulz": newton_schulz, "polar by eigh": PolarByEigh.apply}
 PARAMETRIZATIONS = {"Cayley (torch)": "cayley", "Householder parametrization (torch, pyreft)": "householder"}
-WHOLE = ", rows of length 1"  # not LENGTH, as they are drawn
+WHOLE = ", rows of length 1"  # not INIT_ROW_NORM, as they are drawn
 CHOSEN = "Cholesky-QR in float64, shifted"
 TRAINED = ["Householder QR", CHOSEN, CHOSEN + WHOLE, "polar by eigh"]
 
@@ -271,7 +272,7 @@ def train(folder, name, rate, seed, steps, tokens):
     with contextlib.ExitStack() as stack:
         if name in PARAMETRIZATIONS or name.endswith(WHOLE):
             for unit in interventions(model):
-                unit.R.data /= intervention.LENGTH
+                unit.R.data /= intervention.INIT_ROW_NORM
         if name in PARAMETRIZATIONS:
             with torch.random.fork_rng(devices=[]):  # it draws the rest of a basis; the data stay in the same order
                 for unit in interventions(model):

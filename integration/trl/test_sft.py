@@ -23,7 +23,7 @@ from trainers import (
 from transformers import LlamaForCausalLM, TrainerCallback, set_seed
 
 from peft_reft import layer
-from peft_reft.layer import edit_rows
+from peft_reft.edits.apply import edit_rows
 
 
 @pytest.mark.parametrize("kind", ["pairs", "chats"])

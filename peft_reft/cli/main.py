@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from transformers.activations import ACT2FN
 
-from ..config import VARIANTS
 from ..convert import convert_adapters, convert_pyreft
 from ..convert.save import TASKS
+from ..edits.variants import VARIANTS
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import VARIANTS
+from ..edits.variants import VARIANTS
 from ..positions.language import Positions
 from .edits import Edits, Tensors
 from .files import check_shapes, fetch, read_config, read_tensors, take, take_orthogonal

@@ -13,9 +13,10 @@ from peft import get_peft_model
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from ..config import VARIANTS, ReftConfig
-from ..edits.intervention import LENGTH
+from ..config import ReftConfig
+from ..edits.intervention import INIT_ROW_NORM
 from ..edits.orthonormal import orthonormal_rows
+from ..edits.variants import VARIANTS
 from ..layer import Key
 from ..model import PEFT_PREFIX, check_checkpoint, needed_tensors
 from ..targets import find_blocks
@@ -183,7 +184,7 @@ def state_of(units: dict[str, dict[str, Tensors]], edits: Edits) -> Iterator[tup
         for unit, tensors in found.items():
             saved = with_orthonormal_rows(tensors, edits.intervention, edits.act_fn)
             if VARIANTS[edits.intervention].orthonormal:
-                saved["R"] = LENGTH * saved["R"]  # as new ones are drawn: it trains on as it did
+                saved["R"] = INIT_ROW_NORM * saved["R"]  # as new ones are drawn: it trains on as it did
             for name, tensor in saved.items():
                 yield f"{PEFT_PREFIX}{Key(module, unit, name, 'default')}", tensor.contiguous()
     for key, tensor in edits.head.items():

@@ -2,61 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import Variant, find_activation, standardized_form
-from ..transforms import sees_operations
-from .orthonormal import leave_out_zeros, orthonormal_rows
 from .scale import UNMEASURED, scale_of
-
-# What h + projection^T (act_fn(weight h + b) - subtracted h) needs of n units: projection, weight and subtracted
-# [n, r, d], of which the latter two are None for zero, and b [n, 1, r]
-Matrices = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
-
+from .variants import Matrices, Variant, standard_factor, standardized_form
 
 # Of the rows of R that are drawn. The paper's learning rates are for Householder reflections (torch's `orthogonal`),
 # which turn by twice the angle of their vectors; shorter rows turn as far. docs/results.md has the losses.
-LENGTH = 0.5
-
-
-# A standardised edit is sqrt(8 / r) times as large as its parameters say, so that one learning rate serves every rank.
-STANDARD_RANK = 8
-
-
-def standard_factor(r: int) -> float:
-    """Return what the edit of a standardised unit of rank r is multiplied by."""
-    return math.sqrt(STANDARD_RANK / r)
-
-
-class Unit(Protocol):
-    """What edits hidden states: an `Intervention`, or those of the adapters of a mixed batch."""
-
-    training: bool
-    dropout: nn.Dropout
-
-    @property
-    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor] | None: ...
-
-    @staticmethod
-    def stack(units: Any) -> Matrices:
-        """The matrices of several of the same kind, one after the other, in float32 at least."""
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which an edit is computed in the dtype that it chooses."""
-    kind = "cpu" if device.type == "meta" else device.type  # there is no autocast for meta
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def projections(weight: torch.Tensor, orthonormal: bool) -> torch.Tensor:
-    """The projections that are used for trained `R` [..., r, d], in float32 at least."""
-    if orthonormal:
-        return orthonormal_rows(weight)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+INIT_ROW_NORM = 0.5
 
 
 class Intervention(nn.Module):
@@ -73,7 +29,7 @@ class Intervention(nn.Module):
         d (`int`): width of the hidden states.
         r (`int`): rank of the edit, 1 <= r <= d.
         dropout (`float`): probability of a zero in the edited hidden state, in training.
-        act_fn (`str`, *optional*): a name from `transformers.activations.ACT2FN`; the identity if None.
+        act_fn (`Callable`, *optional*): the activation of a linear source; the identity if None.
         standardize (`bool`): whether the unit is standardised, where the variant allows it.
     """
 
@@ -85,11 +41,11 @@ class Intervention(nn.Module):
         d: int,
         r: int,
         dropout: float = 0.0,
-        act_fn: str | None = None,
+        act_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         standardize: bool = False,
     ):
         super().__init__()
-        form = standardized_form(variant, act_fn) if standardize else None
+        form = standardized_form(variant, act_fn is not None) if standardize else None
         self.is_standardized = form is not None
         self.waits_for_scale = self.is_standardized  # until the first training call in this process
         self.configured, self.variant, self.d, self.r = variant, form or variant, d, r
@@ -99,8 +55,7 @@ class Intervention(nn.Module):
         self._W = nn.Parameter(torch.empty(r, d, dtype=torch.float32)) if variant.linear else None
         self._b = nn.Parameter(torch.empty(r, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
-        self.activation = act_fn if variant.linear else None  # a constant source has none
-        self.act_fn = find_activation(self.activation)
+        self.act_fn = act_fn if variant.linear else None
         self._kept: dict[str, torch.Tensor] = {}
         self._kept_exponents = unmeasured
 
@@ -123,6 +78,11 @@ class Intervention(nn.Module):
         """Those of the scale (`torch.CharTensor` [d]), -128 until it is measured; None if not standardised."""
         return self._exponents
 
+    @property
+    def scale(self) -> torch.Tensor:
+        """The scale [d] of a standardised unit."""
+        return scale_of(self._exponents)  # type: ignore[arg-type]
+
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
         """Draw the parameters anew.
@@ -140,7 +100,7 @@ class Intervention(nn.Module):
             nn.init.zeros_(self.b)
             return
         if self.configured.orthonormal:
-            nn.init.orthogonal_(self.R, gain=LENGTH)
+            nn.init.orthogonal_(self.R, gain=INIT_ROW_NORM)
         else:
             nn.init.kaiming_uniform_(self.R, a=math.sqrt(5))  # as nn.Linear
         bound = 1 / math.sqrt(self.R.shape[1])
@@ -163,7 +123,7 @@ class Intervention(nn.Module):
 
     def _standardize_drawn(self) -> None:
         """Make the drawn parameters those of the same edit in units of a scale of one."""
-        projection = projections(self.R, self.configured.orthonormal)
+        projection = self.configured.projection(self.R)
         if self.configured.subtract and not self.variant.subtract:
             self.W.sub_(projection)  # type: ignore[union-attr]
         self.R.copy_(projection / standard_factor(self.r))
@@ -221,7 +181,7 @@ class Intervention(nn.Module):
 
     def projection(self) -> torch.Tensor:
         """The projection R [r, d] that is used, in float32 at least."""
-        return projections(self.R, self.variant.orthonormal)
+        return self.variant.projection(self.R)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Copies of `R`, `W` and `b`: FSDP and ZeRO gather the parameters for the time of this call alone."""
@@ -230,111 +190,16 @@ class Intervention(nn.Module):
     @staticmethod
     def stack(units: Sequence["Intervention"]) -> Matrices:
         """The matrices of units of one adapter, in float32 at least."""
-        rows, weights, b = zip(*(unit() for unit in units), strict=True)
-        variant, subtracted = units[0].variant, None
-        projection = projections(stack(rows), variant.orthonormal)
-        weight = stack(weights).to(projection.dtype) if variant.linear else None
-        if units[0].is_standardized:
-            projection, weight = in_units_of_states(projection, weight, units)
-        if variant.subtract and units[0].act_fn is not None:
-            subtracted = projection
-        elif variant.subtract:  # in one product, so that W = R makes the edit exactly zero
-            weight = -projection if weight is None else weight - projection
-        return projection, weight, subtracted, stack(b).to(projection.dtype).unsqueeze(1)
+        R, W, b = (
+            None if parts[0] is None else stack(parts) for parts in zip(*(unit() for unit in units), strict=True)
+        )
+        scale = stack([unit.scale for unit in units]) if units[0].is_standardized else None
+        return units[0].variant.matrices(R, W, b, scale, units[0].act_fn is not None)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"r={self.r}, d={self.d}, {self.variant}"
 
 
-def in_units_of_states(
-    projection: torch.Tensor, weight: Any, units: Sequence[Intervention]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrices [units, r, d] of standardised units of one rank, in the units of the hidden states."""
-    exponents: Any = stack([unit.exponents for unit in units])  # type: ignore[misc]
-    scale = scale_of(exponents).to(projection.dtype).unsqueeze(1)
-    return projection * (scale * standard_factor(units[0].r)), weight / scale
-
-
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """`torch.stack`, without a copy of a single one."""
     return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
-
-
-def cast(matrices: Matrices, dtype: torch.dtype) -> Matrices:
-    """Matrices in another dtype."""
-    projection, weight, subtracted, b = matrices
-    weight, subtracted = (None if matrix is None else matrix.to(dtype) for matrix in (weight, subtracted))
-    return projection.to(dtype), weight, subtracted, b.to(dtype)
-
-
-class LinearEdit(torch.autograd.Function):
-    """h + projection^T s in the dtype of h, and s = weight h + b, zero where a mask is false, in that of the matrices.
-
-    Besides the matrices it keeps h as it was given, not as it was computed with: half as much in half precision. What
-    else it keeps, s, is an output, so that derivatives of its derivative have one, too.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        given: torch.Tensor,
-        projection: torch.Tensor,
-        weight: torch.Tensor,
-        b: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        h = given.to(projection.dtype)
-        low_rank = masked(torch.baddbmm(b, h, weight.mT), mask)
-        ctx.save_for_backward(given, projection, weight, mask, low_rank)
-        leave_out_zeros(ctx)
-        return torch.baddbmm(h, low_rank, projection).to(given.dtype), low_rank
-
-    @staticmethod
-    def backward(
-        ctx: Any, of_edited: torch.Tensor | None, of_low_rank: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        given, projection, weight, mask, low_rank = ctx.saved_tensors
-        wide = (torch.zeros_like(given) if of_edited is None else of_edited).to(projection.dtype)
-        of_source = wide @ projection.mT
-        if of_low_rank is not None:  # in second derivatives
-            of_source = of_source + of_low_rank
-        of_source = masked(of_source, mask)
-        of_given = torch.baddbmm(wide, of_source, weight).to(given.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = of_source.mT @ given.to(projection.dtype)
-        return of_given, low_rank.mT @ wide, of_weight, of_source.sum(1, keepdim=True), None
-
-
-def masked(low_rank: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zero where a mask [n, tokens, 1] is false: here, where edits are narrow."""
-    return low_rank if mask is None else torch.where(mask, low_rank, 0)
-
-
-def edit(units: Sequence[Unit], hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Edit hidden states, each part by a unit of its own, all of one adapter or of one mixed batch.
-
-    Args:
-        units (`Sequence[Unit]`): the units.
-        hidden_states (`torch.Tensor` [units, batch, n, d]): any floating-point dtype.
-        mask (`torch.BoolTensor` [units, batch, n], *optional*): the tokens to edit; None for all.
-
-    Returns:
-        `torch.Tensor` [units, batch, n, d]: h', in the dtype of `hidden_states`, computed in float32 at least.
-    """
-    act_fn, dropout = units[0].act_fn, units[0].dropout
-    with without_autocast(hidden_states.device):
-        matrices = units[0].stack(units)
-        projection, weight, subtracted, b = cast(matrices, torch.promote_types(hidden_states.dtype, matrices[0].dtype))
-        given = hidden_states.reshape(len(projection), -1, hidden_states.shape[-1])
-        mask = None if mask is None else mask.reshape(*given.shape[:-1], 1)
-        if act_fn is None and weight is not None and not sees_operations():
-            edited, _ = LinearEdit.apply(given, projection, weight, b, mask)
-        else:
-            h = given.to(projection.dtype)
-            low_rank = b.expand(-1, h.shape[1], -1) if weight is None else torch.baddbmm(b, h, weight.mT)
-            low_rank = low_rank if act_fn is None else act_fn(low_rank)
-            if subtracted is not None:
-                low_rank = torch.baddbmm(low_rank, h, subtracted.mT, alpha=-1)
-            edited = torch.baddbmm(h, masked(low_rank, mask), projection).to(given.dtype)
-        if units[0].training and dropout.p:
-            edited = dropout(edited) if mask is None else torch.where(mask, dropout(edited), edited)
-        return edited.view_as(hidden_states)

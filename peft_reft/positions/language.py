@@ -6,53 +6,15 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from .prompts import Prompts
+from .select import Selection, mark
+
 EVERY = torch.iinfo(torch.int64).max
 SYNTAX = re.compile(r"(?:f(?P<prefix>[1-9]\d*))?(?P<plus>\+)?(?:l(?P<suffix>[1-9]\d*))?(?P<middle>-middle)?")
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Where the prompts of a batch are, token by token. A row may hold several sequences, a sequence several prompts.
-
-    Attributes:
-        valid (`torch.BoolTensor` [batch, tokens]): False on padding.
-        rank (`torch.LongTensor` [batch, tokens]): index of a token in its sequence, padding not counted.
-        prefix_length (`torch.LongTensor` [batch, tokens] or [batch, 1]): length of the first prompt of the token's
-            sequence.
-        suffix_length (`torch.LongTensor` [batch, tokens] or [batch, 1]): length of the prompt that ends next after the
-            token; tokens whose rank is not below it belong to no prompt.
-        answer (`torch.BoolTensor` [batch, tokens], *optional*): True on tokens that are an answer, though a later
-            prompt of the same conversation holds them.
-        one_prompt (`bool`): whether a row is known to hold at most one prompt, whatever its values.
-        one_sequence (`bool`): whether a row is known to hold at most one sequence, perhaps with several prompts.
-    """
-
-    valid: torch.Tensor
-    rank: torch.Tensor
-    prefix_length: torch.Tensor
-    suffix_length: torch.Tensor
-    answer: torch.Tensor | None = None
-    one_prompt: bool = False
-    one_sequence: bool = False
-
-
-class Rows(NamedTuple):
-    """The tokens that units edit, in a form whose shape does not depend on the data.
-
-    Attributes:
-        units (`tuple[str, ...]`): the names of the units.
-        indices (tuple of `torch.LongTensor` [1, batch, 1] and [units, batch, n], *optional*): rows, and for each unit
-            n columns that hold every token that it edits, all of them distinct; None if the one unit is given all.
-        mask (`torch.BoolTensor` [units, batch, n], *optional*): which of these tokens are edited; None for all.
-    """
-
-    units: tuple[str, ...]
-    indices: tuple[torch.Tensor, torch.Tensor] | None
-    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +53,7 @@ class Positions:
         return cls(text, prefix, suffix, middle=not match["middle"])
 
     @property
-    def need_end(self) -> bool:
+    def needs_end(self) -> bool:
         """Whether the prompt's end must be known to find them."""
         return bool(self.suffix) or self.span == "prompt"
 
@@ -101,14 +63,14 @@ class Positions:
         Returns:
             Two `torch.BoolTensor` [batch or 1, 1].
         """
-        need_end, prefix = (torch.full((1, 1), flag, device=device) for flag in (self.need_end, bool(self.prefix)))
-        return need_end, prefix
+        needs_end, prefix = (torch.full((1, 1), flag, device=device) for flag in (self.needs_end, bool(self.prefix)))
+        return needs_end, prefix
 
     def units(self, share_weights: bool) -> tuple[str, ...]:
         """The names of the units that edit these positions: one each for prefix and suffix, or one for all."""
         return ("prefix", "suffix") if self.prefix and self.suffix and not share_weights else ("unit",)
 
-    def most(self, unit: str, spans: Spans) -> int | None:
+    def most(self, unit: str, spans: Prompts) -> int | None:
         """The most tokens of a row that a unit edits; None if only values bound them."""
         if self.span:
             return 0 if unit == "prefix" else None
@@ -117,7 +79,7 @@ class Positions:
             return suffix + (0 if unit == "suffix" else self.prefix)
         return None
 
-    def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def select(self, spans: Prompts, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Mark the tokens to edit.
 
         Returns:
@@ -130,13 +92,15 @@ class Positions:
         """How many first and last tokens of the prompt are edited, at most, and whether one in the middle is."""
         return (0, EVERY, True) if self.span == "prompt" else (self.prefix, self.suffix, self.middle)
 
-    def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
+    def outside_prompts(
+        self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+    ) -> list[Selection]:
         """What is edited where no token is in a prompt."""
-        return [Rows(("unit",), None, None)] if self.span == "all" else []
+        return [Selection(("unit",), None, None)] if self.span == "all" else []
 
 
 @dataclass(frozen=True)
-class PositionsOfRows:
+class PerRowPositions:
     """A choice of positions for each row of a batch, with the methods of `Positions`.
 
     Attributes:
@@ -160,19 +124,19 @@ class PositionsOfRows:
         return max([0, *(choice.suffix for choice in self.choices if choice)])
 
     @property
-    def need_end(self) -> bool:
-        return any(choice.need_end for choice in self.choices if choice)
+    def needs_end(self) -> bool:
+        return any(choice.needs_end for choice in self.choices if choice)
 
     def needs(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        flags = [(choice is not None and choice.need_end, bool(choice and choice.prefix)) for choice in self.choices]
-        need_end, prefix = self._by_row("needs", flags, batch, device).unbind(-1)
-        return need_end, prefix
+        flags = [(choice is not None and choice.needs_end, bool(choice and choice.prefix)) for choice in self.choices]
+        needs_end, prefix = self._by_row("needs", flags, batch, device).unbind(-1)
+        return needs_end, prefix
 
-    def most(self, unit: str, spans: Spans) -> int | None:
+    def most(self, unit: str, spans: Prompts) -> int | None:
         bounds = [choice.most(unit, spans) for choice in self.choices if choice]
         return None if None in bounds else max([0, *(bound for bound in bounds if bound is not None)])
 
-    def select(self, spans: Spans, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def select(self, spans: Prompts, units: tuple[str, ...]) -> dict[str, torch.Tensor]:
         batch, device = len(spans.valid), spans.valid.device
         none = (0, 0, True)
         counts = [none if choice is None or choice.span == "all" else choice.counts for choice in self.choices]
@@ -180,9 +144,11 @@ class PositionsOfRows:
         masks, everywhere = mark(spans, prefix, suffix, middle, units), self._everywhere(batch, device)
         return masks if everywhere is None else masks | {units[-1]: masks[units[-1]] | (spans.valid & everywhere)}
 
-    def outside_prompts(self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device) -> list[Rows]:
+    def outside_prompts(
+        self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+    ) -> list[Selection]:
         everywhere = self._everywhere(batch, device)
-        return [] if everywhere is None else [Rows(units[-1:], None, everywhere.expand(1, -1, tokens))]
+        return [] if everywhere is None else [Selection(units[-1:], None, everywhere.expand(1, -1, tokens))]
 
     def _everywhere(self, batch: int, device: torch.device) -> torch.Tensor | None:
         """The rows whose every token is edited [batch, 1]; None if there is no such row."""
@@ -198,63 +164,4 @@ class PositionsOfRows:
         return self._tensors[key]
 
 
-AnyPositions = Positions | PositionsOfRows
-
-
-def mark(
-    spans: Spans,
-    prefix: int | torch.Tensor,
-    suffix: int | torch.Tensor,
-    middle: bool | torch.Tensor,
-    units: tuple[str, ...],
-) -> dict[str, torch.Tensor]:
-    """Mark the first and the last tokens of prompts.
-
-    A prefix and a suffix that would overlap are cut to half the prompt each, so that no token is edited twice. An odd
-    token is the suffix's, so that a prompt of one token is edited.
-
-    Args:
-        spans (`Spans`): where prompts are.
-        prefix, suffix (`int` or `torch.LongTensor` [batch, 1]): how many tokens.
-        middle (`bool` or `torch.LongTensor` [batch, 1]): whether the suffix gets an odd token. If not, neither end
-            does, as in pyreft's `get_intervention_locations`.
-        units (`tuple[str, ...]`): the names of the units.
-
-    Returns:
-        `dict[str, torch.BoolTensor [batch, tokens]]`: a mask for each of `units`.
-    """
-    given = spans.valid if spans.answer is None else spans.valid & ~spans.answer
-    both = (prefix > 0) * (suffix > 0)
-    prefix_end = (spans.prefix_length // (1 + both)).clamp(max=prefix)
-    suffix_start = spans.suffix_length - ((spans.suffix_length + both * middle) // (1 + both)).clamp(max=suffix)
-    first = spans.valid & (spans.rank < prefix_end)
-    last = given & (spans.rank >= suffix_start) & (spans.rank < spans.suffix_length)
-    return {"prefix": first, "suffix": last} if len(units) == 2 else {"unit": first | last}
-
-
-def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list[Rows]:
-    """Turn masks into the rows to gather.
-
-    Args:
-        masks (`dict[str, torch.BoolTensor [batch, tokens]]`): the tokens that each unit edits, none twice.
-        most (`dict[str, int | None]`): bounds on the number of them in a row, known without looking at values.
-    """
-    tokens = next(iter(masks.values())).shape[1]
-    bounds = {unit: bound for unit, bound in most.items() if bound}
-    n, bounded = max([0, *bounds.values()]), tuple(bounds)
-    if n * len(bounded) >= tokens:
-        bounded = ()
-    whole = [unit for unit in masks if most[unit] != 0 and unit not in bounded]
-    rows = []
-    if bounded:
-        # Each unit's tokens first, then those of no unit: columns stay distinct, so the put-back writes none twice.
-        free, columns = ~torch.stack([masks[unit] for unit in bounded]).any(0), []
-        for unit in bounded:
-            rank = 2 * masks[unit].to(torch.uint8) + free
-            columns.append(torch.argsort(rank, dim=1, descending=True, stable=True)[:, :n])
-            free = free.scatter(1, columns[-1], 0)  # torch.jit.trace takes no False here
-        mask = torch.stack([masks[unit].gather(1, own) for unit, own in zip(bounded, columns, strict=True)])
-        batch = torch.arange(mask.shape[1], device=mask.device).view(1, -1, 1)
-        rows.append(Rows(bounded, (batch, torch.stack(columns)), mask))
-    # The prefix before the suffix in any case: processes whose batches tell prompts otherwise gather units in step.
-    return rows + [Rows((unit,), None, masks[unit].unsqueeze(0)) for unit in whole]
+AnyPositions = Positions | PerRowPositions

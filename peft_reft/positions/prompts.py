@@ -1,14 +1,55 @@
 """Where prompts are: read off masks, position ids, labels and lengths, with no shape that depends on their values."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from ..transforms import for_all_samples
-from .language import AnyPositions, Spans
 
 IGNORED_LABEL = -100
+
+
+class Choice(Protocol):
+    """A choice of positions, for all rows or for each row."""
+
+    @property
+    def text(self) -> str:
+        """What the user wrote."""
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the end of a prompt must be known."""
+
+    def needs(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows that need the end of their prompt, and those that count from its start as well."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where the prompts of a batch are, token by token. A row may hold several sequences, a sequence several prompts.
+
+    Attributes:
+        valid (`torch.BoolTensor` [batch, tokens]): False on padding.
+        rank (`torch.LongTensor` [batch, tokens]): index of a token in its sequence, padding not counted.
+        prefix_length (`torch.LongTensor` [batch, tokens] or [batch, 1]): length of the first prompt of the token's
+            sequence.
+        suffix_length (`torch.LongTensor` [batch, tokens] or [batch, 1]): length of the prompt that ends next after the
+            token; tokens whose rank is not below it belong to no prompt.
+        answer (`torch.BoolTensor` [batch, tokens], *optional*): True on tokens that are an answer, though a later
+            prompt of the same conversation holds them.
+        one_prompt (`bool`): whether a row is known to hold at most one prompt, whatever its values.
+        one_sequence (`bool`): whether a row is known to hold at most one sequence, perhaps with several prompts.
+    """
+
+    valid: torch.Tensor
+    rank: torch.Tensor
+    prefix_length: torch.Tensor
+    suffix_length: torch.Tensor
+    answer: torch.Tensor | None = None
+    one_prompt: bool = False
+    one_sequence: bool = False
 
 
 def check(condition: torch.Tensor, message: str) -> None:
@@ -152,13 +193,13 @@ def ranks(valid: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
     return count - per_sequence(count.masked_fill(~valid, count.shape[1] + 1), sequences, "amin")
 
 
-def whole_sequences(valid: torch.Tensor, sequences: torch.Tensor | None = None) -> Spans:
+def whole_sequences(valid: torch.Tensor, sequences: torch.Tensor | None = None) -> Prompts:
     """Every sequence is a prompt from its first token to its last."""
     length = per_sequence(valid.long(), sequences, "sum")
-    return Spans(valid, ranks(valid, sequences), length, length, one_prompt=sequences is None)
+    return Prompts(valid, ranks(valid, sequences), length, length, one_prompt=sequences is None)
 
 
-def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: torch.Tensor) -> Spans:
+def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: torch.Tensor) -> Prompts:
     """Each row's prompt has the length that the caller gave.
 
     Args:
@@ -189,23 +230,23 @@ def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: 
             "prompt_lengths gives one length a row, but rows hold several sequences: pass labels instead, with -100 "
             "on the prompts, or one sequence a row.",
         )
-    return Spans(valid, ranks(valid, None), lengths, lengths, one_prompt=True)
+    return Prompts(valid, ranks(valid, None), lengths, lengths, one_prompt=True)
 
 
 def before_labels(
     valid: torch.Tensor,
     sequences: torch.Tensor | None,
     labels: torch.Tensor,
-    positions: AnyPositions,
+    positions: Choice,
     packed: bool,
-) -> Spans:
+) -> Prompts:
     """Each run of labels that are not -100 is an answer, and ends a prompt that began with its sequence.
 
     Args:
         valid (`torch.BoolTensor` [batch, tokens]): False on padding.
         sequences (`torch.LongTensor` [batch, tokens], *optional*): the ids of `sequence_ids`.
         labels (`torch.LongTensor` [batch, tokens]): next-token targets, -100 where there is none.
-        positions (`Positions` or `PositionsOfRows`): the choice of positions, which says whether a prompt must end
+        positions (`Positions` or `PerRowPositions`): the choice of positions, which says whether a prompt must end
             somewhere.
         packed (`bool`): whether the first label of every sequence is -100, prompt or not, as packing needs it.
 
@@ -225,11 +266,11 @@ def before_labels(
     length = per_sequence(valid.long(), sequences, "sum")
     answered = per_sequence(answer.long(), sequences, "amax").bool()
     ended = per_sequence(ends.long(), sequences, "amax").bool()
-    if positions.need_end:
+    if positions.needs_end:
         begins = answer & (rank == 0)  # with an answer: a row cut out of a longer text, or text without a prompt
-        need_end, prefix = positions.needs(len(valid), valid.device)
+        needs_end, prefix = positions.needs(len(valid), valid.device)
         check(
-            ~(need_end & torch.where(prefix, begins, ~ended & answered & valid)).any(),
+            ~(needs_end & torch.where(prefix, begins, ~ended & answered & valid)).any(),
             f"positions='{positions.text}' need a prompt to end before the answer, but a sequence has labels from its "
             "first token on. Give labels of -100 to the prompt (TRL: prompt-completion data with "
             "completion_only_loss, or conversations with assistant_only_loss), cut no sequence before or in its "
@@ -245,7 +286,7 @@ def before_labels(
     if sequences is not None:
         follows = follows & (sequences.gather(1, next_end) == sequences)
     suffix_length = rank.gather(1, next_end).where(follows, length.where(~answered, -1))
-    return Spans(valid, rank, prefix_length, suffix_length, answer, one_sequence=sequences is None)
+    return Prompts(valid, rank, prefix_length, suffix_length, answer, one_sequence=sequences is None)
 
 
 def _values(tensor: torch.Tensor) -> str:

@@ -3,15 +3,15 @@
 All rows are edited together: the weights of the adapters are stacked, and each row takes its own.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from ..edits.intervention import Intervention, Matrices, in_units_of_states, projections
-from ..positions.language import Positions, PositionsOfRows
+from ..edits.intervention import Intervention
+from ..edits.per_row import PerRowUnits
+from ..positions.language import PerRowPositions, Positions
 from .state import PerThread
 
 if TYPE_CHECKING:
@@ -20,83 +20,6 @@ if TYPE_CHECKING:
 BASE = "__base__"  # PEFT's name for no adapter
 
 current = PerThread()  # the mixed batch that models find
-
-
-class UnitsOfRows:
-    """Units of several adapters, of any variant and rank, that edit each row by its own.
-
-    Args:
-        units (`Sequence[Intervention]`): the units, all of the same width.
-        choices (`Sequence[int]`): for each row, or group of rows, the index of its unit.
-    """
-
-    training, dropout = False, nn.Dropout(0)  # a mixed batch is refused in training
-
-    def __init__(self, units: Sequence[Intervention], choices: Sequence[int]):
-        order, stacks = [], []
-        rank = max(unit.r for unit in units)
-        for members in _alike(units):
-            order += members
-            stacks.append(_stack([units[index] for index in members], rank))
-        projection, weight, b = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*stacks, strict=True))
-        device = b.device
-        units = [units[index] for index in order]
-        self.choices = torch.tensor([order.index(choice) for choice in choices], device=device)
-        self.projection, self.b = projection, b.unsqueeze(1)  # [units, r, d], [units, 1, r]
-        subtract = torch.tensor([unit.variant.subtract for unit in units], device=device).view(-1, 1, 1)
-        self.activations = {
-            name: torch.tensor([unit.activation == name for unit in units], device=device).view(-1, 1, 1)
-            for name in {unit.activation for unit in units if unit.activation}
-        }
-        self.act_fns = {unit.activation: unit.act_fn for unit in units}
-        self.act_fn = self._activate if self.activations else None
-        self.subtracted = None
-        if self.activations:
-            activated = torch.stack(list(self.activations.values())).any(0)
-            self.subtracted = projection * (subtract & activated)
-            subtract = subtract & ~activated
-        self.weight = weight - projection * subtract  # in one product, as in `Intervention`
-
-    @staticmethod
-    def stack(units: Sequence["UnitsOfRows"]) -> Matrices:
-        """The matrices of all rows, or groups of rows, for the first of `units`, then for the next."""
-        matrices = zip(*((unit.projection, unit.weight, unit.subtracted, unit.b) for unit in units), strict=True)
-        choices = [unit.choices for unit in units]
-        return tuple(  # type: ignore[return-value]
-            None if parts[0] is None else torch.cat([part[own] for part, own in zip(parts, choices, strict=True)])
-            for parts in matrices
-        )
-
-    def _activate(self, source: torch.Tensor) -> torch.Tensor:
-        """Apply to each row [units * rows, n, r] its own activation."""
-        for name, chosen in self.activations.items():
-            rows = chosen[self.choices].repeat(len(source) // len(self.choices), 1, 1)
-            source = torch.where(rows, self.act_fns[name](source), source)  # type: ignore[misc]
-        return source
-
-
-def _alike(units: Sequence[Intervention]) -> Iterable[list[int]]:
-    """The indices of units that can be stacked as they are."""
-    groups: dict[Any, list[int]] = {}
-    for index, unit in enumerate(units):
-        kind = unit.variant.orthonormal, unit.is_standardized, unit.R.shape, unit.R.dtype
-        groups.setdefault(kind, []).append(index)
-    return groups.values()
-
-
-def _stack(units: Sequence[Intervention], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Projections and weights [units, rank, d] and biases [units, rank], with zeros up to the rank."""
-    rows = torch.stack([unit.R for unit in units])
-    projection = projections(rows, units[0].variant.orthonormal)
-    weight = torch.stack([torch.zeros_like(unit.R) if unit.W is None else unit.W for unit in units])
-    b = torch.stack([unit.b for unit in units])
-    weight, b, missing = weight.to(projection.dtype), b.to(projection.dtype), rank - rows.shape[1]
-    if units[0].is_standardized:
-        projection, weight = in_units_of_states(projection, weight, units)
-    if missing:
-        projection, weight = (nn.functional.pad(matrix, (0, 0, 0, missing)) for matrix in (projection, weight))
-        b = nn.functional.pad(b, (0, missing))
-    return projection, weight, b
 
 
 @dataclass
@@ -111,7 +34,7 @@ class MixedBatch:
 
     family: "Family"
     names: tuple[str, ...]
-    _edits: dict[nn.Module, tuple[PositionsOfRows, dict[str, UnitsOfRows]]] = field(default_factory=dict)
+    _edits: dict[nn.Module, tuple[PerRowPositions, dict[str, PerRowUnits]]] = field(default_factory=dict)
 
     def repeats(self, batch: int, expanded: bool) -> int:
         """How many rows of a batch belong to each name.
@@ -132,7 +55,7 @@ class MixedBatch:
 
     def edits(
         self, layer: nn.Module, positions: Mapping[str, Positions], units_of: Callable[[str], dict[str, Intervention]]
-    ) -> tuple[PositionsOfRows, dict[str, UnitsOfRows]]:
+    ) -> tuple[PerRowPositions, dict[str, PerRowUnits]]:
         """What the batch's adapters edit in a layer, made once for as long as the batch lasts.
 
         Args:
@@ -146,10 +69,10 @@ class MixedBatch:
             choices = [adapters.index(name) if name in adapters else 0 for name in self.names]
             slots = ("prefix", "suffix") if any(len(units[name]) == 2 for name in adapters) else ("unit",)
             stacked = {
-                slot: UnitsOfRows([units[name].get(slot) or units[name]["unit"] for name in adapters], choices)
+                slot: PerRowUnits([units[name].get(slot) or units[name]["unit"] for name in adapters], choices)
                 for slot in slots
             }
-            self._edits[layer] = PositionsOfRows(tuple(map(positions.get, self.names))), stacked
+            self._edits[layer] = PerRowPositions(tuple(map(positions.get, self.names))), stacked
         return self._edits[layer]
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..positions.language import AnyPositions, Spans
+from ..positions.language import AnyPositions
 from ..positions.prompts import (
     IGNORED_LABEL,
+    Prompts,
     before_labels,
     check,
     given_lengths,
@@ -185,16 +186,16 @@ class Call:
         """The call without what it was given."""
         return replace(self, owner=None, arguments={}, generation=None)
 
-    def prompts(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans | None:
+    def prompts(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts | None:
         """Find the prompts.
 
         Args:
-            positions (`Positions` or `PositionsOfRows`): the choice of positions, which says what must be known.
+            positions (`Positions` or `PerRowPositions`): the choice of positions, which says what must be known.
             batch, tokens (`int`): shape of the hidden states.
             device (`torch.device`): device of the hidden states.
 
         Returns:
-            `Spans`, or None where the tokens are in no prompt.
+            `Prompts`, or None where the tokens are in no prompt.
 
         Raises:
             ValueError: if the arguments do not tell where prompts end, or contradict themselves.
@@ -240,7 +241,7 @@ class Call:
             spans = before_labels(valid, sequences, labels, positions, packed)
             note_labels(self.role.family, arguments.get("input_ids"))
         else:
-            if positions.need_end and self.continues:
+            if positions.needs_end and self.continues:
                 if self.training:
                     raise ValueError(self._no_end(positions))
                 if had_labels(self.role.family, arguments.get("input_ids")):
@@ -257,7 +258,7 @@ class Call:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 self._block_mask = (given.get("attention_mask"),)
 
-    def _prompts_of_signal(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Spans:
+    def _prompts_of_signal(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts:
         """All that a model of images or sound makes of its input is its prompt."""
         signal = self.arguments.get(SIGNAL)
         if (positions.prefix or positions.suffix) and signal is not None and len(signal) != batch:
@@ -343,7 +344,7 @@ class Call:
         )
 
 
-def _after(spans: Spans, past: int) -> Spans:
+def _after(spans: Prompts, past: int) -> Prompts:
     """The tokens that come after those in the cache."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig
 
-from ..positions.language import Spans
+from ..positions.prompts import Prompts
 from .generate import given_tokens
 
 _managers: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -114,7 +114,7 @@ class Requests:
         is_over = all(start >= prompt for start, prompt in zip(self.starts, self.prompts, strict=True))
         return None if is_over else (0, given_tokens(arguments) or 0)
 
-    def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
+    def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Prompts:
         """The prompts in the row [1, tokens]; what fills it up to a fixed length is in none."""
         given = torch.tensor(self.given)
         rank = torch.cat([torch.arange(start, start + n) for start, n in zip(self.starts, self.given, strict=True)])
@@ -123,4 +123,4 @@ class Requests:
         valid = torch.nn.functional.pad(torch.ones_like(rank, dtype=torch.bool), fill, value=False)
         rank, length = (torch.nn.functional.pad(tensor, fill) for tensor in (rank, length))
         valid, rank, length = (tensor[None].to(device) for tensor in (valid, rank, length))
-        return Spans(valid, rank, length, length)
+        return Prompts(valid, rank, length, length)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..positions.language import Spans
-from ..positions.prompts import valid_tokens, whole_sequences
+from ..positions.prompts import Prompts, valid_tokens, whole_sequences
 from .adapter_names import MixedBatch
 from .state import PerThread
 
@@ -212,7 +211,7 @@ class Generation:
     def _see(self, seen: int) -> None:
         self.seen, self.is_answering = seen, self.valid is not None and seen >= self.valid.shape[1]
 
-    def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Spans:
+    def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Prompts:
         """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""
         start, end = window
         valid = self.valid
@@ -228,7 +227,7 @@ class Generation:
         valid = torch.nn.functional.pad(valid, beyond, value=True)
         parts = (valid[:, start:end], rank[:, start:end], whole.prefix_length)
         valid, rank, length = (part.to(device).repeat_interleave(batch // len(part), dim=0) for part in parts)
-        return Spans(valid, rank, length, length, one_prompt=True)
+        return Prompts(valid, rank, length, length, one_prompt=True)
 
 
 @dataclass

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..positions.language import AnyPositions, Positions, Rows, to_rows
+from ..positions.language import AnyPositions, Positions
+from ..positions.select import Selection, to_rows
 from .adapter_names import MixedBatch
 from .call import Call
 from .generate import Family
@@ -44,7 +45,7 @@ class Plan:
     mixed_batch: MixedBatch | None = None
     is_in_own_forward: bool = True
     checkpointed: torch.nn.Module | None = None
-    _rows: dict[Any, list[tuple[int, int, list[Rows]]]] = field(default_factory=dict)
+    _rows: dict[Any, list[tuple[int, int, list[Selection]]]] = field(default_factory=dict)
 
     @cached_property
     def kept(self) -> "Plan":
@@ -53,17 +54,17 @@ class Plan:
 
     def rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
-    ) -> list[Rows]:
+    ) -> list[Selection]:
         """The tokens that each unit edits, found once a call.
 
         Args:
-            positions (`Positions` or `PositionsOfRows`): the choice of positions.
+            positions (`Positions` or `PerRowPositions`): the choice of positions.
             units (`tuple[str, ...]`): the names of the units.
             batch, tokens (`int`): shape of the hidden states.
             device (`torch.device`): device of the hidden states.
 
         Returns:
-            `list[Rows]`: what is edited, one after the other, each with the columns of some of the units.
+            `list[Selection]`: what is edited, one after the other, each with the columns of some of the units.
 
         Raises:
             ValueError: if the arguments do not tell where prompts end, or contradict themselves.
@@ -90,7 +91,7 @@ class Plan:
 
     def _find_rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
-    ) -> list[Rows]:
+    ) -> list[Selection]:
         if self.call.owner is None:
             raise RuntimeError(
                 "A module was recomputed in the backward pass with adapters that its forward did not use. Adapters "

@@ -7,7 +7,8 @@ from peft.utils.other import _get_input_embeddings_name
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import VARIANTS, ReftConfig, standardized_form
+from ..config import ReftConfig
+from ..edits.variants import VARIANTS, standardized_form
 from ..layer import base_modules
 from ..positions.language import Positions
 from ..targets import find_targets
@@ -44,7 +45,7 @@ def meaning(model: nn.Module, config: ReftConfig, field: str) -> Any:
         tokens = trained_tokens(model, config).items()
         return {name: list(indices) for key, indices in tokens for name in names if name.endswith(key)}
     if field == "standardize":
-        return config.standardize and standardized_form(VARIANTS[config.intervention], config.act_fn)
+        return config.standardize and standardized_form(VARIANTS[config.intervention], config.act_fn is not None)
     if field == "act_fn":
         return config.act_fn if VARIANTS[config.intervention].linear else None
     if field == "share_weights":

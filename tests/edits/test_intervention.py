@@ -2,8 +2,10 @@ import pytest
 import torch
 from by_hand import gram_schmidt
 
-from peft_reft.config import VARIANTS
-from peft_reft.edits.intervention import Intervention, edit
+from peft_reft.config import find_activation
+from peft_reft.edits.apply import edit
+from peft_reft.edits.intervention import Intervention
+from peft_reft.edits.variants import VARIANTS
 
 D, R = 16, 3
 
@@ -21,6 +23,7 @@ ORTHONORMAL = {"loreft", "direft_orthogonal", "consreft", "lobireft"}
 
 def make(variant, init_weights=False, **options):
     torch.manual_seed(0)
+    options["act_fn"] = find_activation(options.get("act_fn"))
     unit = Intervention(VARIANTS[variant], D, R, **options)
     unit.reset_parameters(init_weights)
     if init_weights is False:

@@ -9,7 +9,7 @@ from peft_reft.edits.orthonormal import orthonormal_rows
 @pytest.fixture
 def no_float64(monkeypatch):
     """As on a device that has none."""
-    monkeypatch.setattr(orthogonal, "WITH_FLOAT64", set())
+    monkeypatch.setattr(orthonormal, "WITH_FLOAT64", set())
 
 
 @pytest.mark.parametrize("r", [1, 4, 8, 64, 256])
@@ -118,7 +118,7 @@ def dependent(kind, r, d):
 def test_dependent_rows_are_finite(monkeypatch, kind, r, d, float64):
     """They lengthen no edit, and the rows before them are as if they were not there."""
     if not float64:
-        monkeypatch.setattr(orthogonal, "WITH_FLOAT64", set())
+        monkeypatch.setattr(orthonormal, "WITH_FLOAT64", set())
     torch.manual_seed(0)
     weight = dependent(kind, r, d).requires_grad_()
     rows = orthonormal_rows(weight)
@@ -155,7 +155,7 @@ def test_second_derivatives():
 def test_derivatives_as_transforms_take_them(monkeypatch, float64):
     """They see the operations, also those of two passes: the same derivative as in the backward pass."""
     if not float64:
-        monkeypatch.setattr(orthogonal, "WITH_FLOAT64", set())
+        monkeypatch.setattr(orthonormal, "WITH_FLOAT64", set())
     torch.manual_seed(0)
     weight, gradient = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     (found,) = torch.func.vjp(orthonormal_rows, weight)[1](gradient)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from by_hand import assert_edits, labels_of
 
-from peft_reft.positions.language import Positions, PositionsOfRows, Spans, to_rows
+from peft_reft.positions.language import PerRowPositions, Positions
+from peft_reft.positions.prompts import Prompts
+from peft_reft.positions.select import to_rows
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_select_for_every_length(text):
     positions = Positions.parse(text)
     for length in range(1, 13):
         valid = torch.ones(1, 12, dtype=torch.bool)
-        spans = Spans(
+        spans = Prompts(
             valid, torch.arange(12)[None], torch.tensor([[length]]), torch.tensor([[length]]), one_prompt=True
         )
         masks = positions.select(spans, positions.units(share_weights=False))
@@ -157,15 +159,15 @@ def test_a_unit_without_tokens_is_left_out():
 def test_positions_of_rows_are_those_of_each(asked_before):
     """Whatever was asked of them before, for as many rows as prompts were expanded to."""
     choices = [Positions.parse(text) for text in ("f3+l3-middle", "l2", "all", "prompt")] + [None]
-    rows = PositionsOfRows(tuple(choices))
+    rows = PerRowPositions(tuple(choices))
     device = torch.device("cpu")
     if asked_before:
-        need_end, prefix = rows.needs(10, device)
-        assert need_end[:, 0].tolist() == [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2
+        needs_end, prefix = rows.needs(10, device)
+        assert needs_end[:, 0].tolist() == [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2
         assert prefix[:, 0].tolist() == [True] * 2 + [False] * 8
         rows.outside_prompts(("prefix", "suffix"), 10, 6, device)
     length = torch.full((10, 1), 5)
-    spans = Spans(torch.ones(10, 6, dtype=torch.bool), torch.arange(6).expand(10, -1), length, length)
+    spans = Prompts(torch.ones(10, 6, dtype=torch.bool), torch.arange(6).expand(10, -1), length, length)
     found = rows.select(spans, ("prefix", "suffix"))
     expected = {
         "prefix": [[0, 1], [], [], [], []],

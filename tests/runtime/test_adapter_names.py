@@ -22,8 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_reft import ReftConfig, layer
-from peft_reft.edits.intervention import edit
+from peft_reft import ReftConfig
+from peft_reft.edits import apply
+from peft_reft.edits.apply import edit
 from peft_reft.runtime.adapter_names import BASE, current_mixed_batch
 
 ADAPTERS = {
@@ -180,7 +181,7 @@ def test_all_rows_are_edited_in_one_pass(model, monkeypatch):
         calls.append(list(hidden_states.shape))
         return edit(units, hidden_states, mask)
 
-    monkeypatch.setattr(layer, "edit", record)
+    monkeypatch.setattr(apply, "edit", record)
     ids, mask = make_rows(len(PROMPT_ONLY))
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=PROMPT_ONLY, **GREEDY)
     assert calls == [[2, 5, 5, 32]] * 3

@@ -23,8 +23,9 @@ from transformers import (
     StoppingCriteria,
 )
 
-from peft_reft import ReftConfig, layer
-from peft_reft.edits.intervention import edit
+from peft_reft import ReftConfig
+from peft_reft.edits import apply
+from peft_reft.edits.apply import edit
 from peft_reft.runtime.generate import CACHES, Family, Generation, cached_tokens
 
 GENERATED = {
@@ -174,7 +175,7 @@ def test_decoding_runs_no_unit(adapt, ids, monkeypatch):
         calls.append(list(hidden_states.shape[::2]))
         return edit(units, hidden_states, mask)
 
-    monkeypatch.setattr(layer, "edit", record)
+    monkeypatch.setattr(apply, "edit", record)
     model, _ = adapt(positions="f2+l2")
     generated(model, ids)
     assert calls == [[2, 2]] * 3  # two units in three layers, at two tokens, once

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from peft_reft import ReftConfig, layer
-from peft_reft.layer import edit_rows
+from peft_reft.edits.apply import edit_rows
 from peft_reft.runtime.attach import CheckpointEdits
 from peft_reft.runtime.call import Call, Role
 from peft_reft.runtime.generate import Family
