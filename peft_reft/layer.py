@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,35 +32,6 @@ CANNOT_MERGE = (
     "Keep the adapter beside the model, in use as in storage: PeftModel.from_pretrained(base, adapter) loads it, "
     "model.disable_adapter() and model.unload() give the base model."
 )
-
-
-class Key(NamedTuple):
-    """A key of an adapter's tensor in a state dict.
-
-    Attributes:
-        module (`str`): the name of the module that is adapted.
-        unit (`str`): one of `UNITS`.
-        tensor (`str`): one of `TENSORS`.
-        adapter_name (`str`, *optional*): the adapter, in a model's state dict; None in a checkpoint.
-    """
-
-    module: str
-    unit: str
-    tensor: str
-    adapter_name: str | None = None
-
-    @classmethod
-    def read(cls, key: str) -> "Key | None":
-        """Return the parts of a key, or None if it is of no ReFT adapter."""
-        module, found, rest = key.rpartition(f".{LAYER}.{SLOT}")
-        unit, *adapter_name, tensor = rest.split(".") if rest.count(".") in (1, 2) else ("", "")
-        if not found or unit not in UNITS:
-            return None
-        return cls(module, unit, tensor.removeprefix("_"), adapter_name[0] if adapter_name else None)
-
-    def __str__(self) -> str:
-        parts = (self.module, LAYER, f"{SLOT}{self.unit}", self.adapter_name, f"_{self.tensor}")
-        return ".".join(part for part in parts if part is not None)
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):

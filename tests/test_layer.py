@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 from peft_reft import ReftConfig
 from peft_reft.edits.apply import edit, edit_rows
 from peft_reft.edits.variants import VARIANTS
-from peft_reft.layer import Key, ReftLayer, adapted_modules, layer_of
+from peft_reft.layer import ReftLayer, adapted_modules, layer_of
 from peft_reft.positions.select import Selection
 
 
@@ -192,34 +192,3 @@ def test_finding_layers():
     block.add_module("_reft", make_layer())
     assert layer_of(block) is block._reft
     assert list(adapted_modules(torch.nn.Sequential(torch.nn.ReLU(), block))) == ["1"]
-
-
-KEYS = {
-    "base_model.model.model.layers.0._reft._reft_prefix.default._R": (
-        "base_model.model.model.layers.0",
-        "prefix",
-        "R",
-        "default",
-    ),
-    "model.layers.0.mlp._reft._reft_unit.my-adapter._b": ("model.layers.0.mlp", "unit", "b", "my-adapter"),
-    "0._reft._reft_suffix._W": ("0", "suffix", "W", None),
-}
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_keys(key):
-    assert Key.read(key) == KEYS[key] and str(Key(*KEYS[key])) == key
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "model.layers.0.mlp.up_proj.weight",
-        "model.layers.0.reft_prefix.default.R",
-        "0._reft._reft_other._R",
-        "0._reft._reft_unit",
-        "0._reft._reft_unit.one.two._R",
-    ],
-)
-def test_keys_of_something_else(key):
-    assert Key.read(key) is None

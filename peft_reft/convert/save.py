@@ -17,8 +17,7 @@ from ..config import ReftConfig
 from ..edits.intervention import INIT_ROW_NORM
 from ..edits.orthonormal import orthonormal_rows
 from ..edits.variants import VARIANTS
-from ..layer import Key
-from ..model import PEFT_PREFIX, check_checkpoint, needed_tensors
+from ..saving.state_dict import PEFT_PREFIX, Key, check_checkpoint, needed_tensors
 from ..targets import find_blocks
 from .edits import Edits, Tensors
 

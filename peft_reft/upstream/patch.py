@@ -37,7 +37,7 @@ from ..collator import PromptLengthsAdder
 from ..config import ReftConfig
 from ..edits.intervention import Intervention
 from ..layer import LAYER, adapted_modules, base_modules, plain_name
-from ..model import ReftModel, check_keys, misfit, needed_tensors
+from ..model import ReftModel
 from ..quantized import keep_dtypes
 from ..registration import REFT
 from ..resume import STATE
@@ -46,6 +46,7 @@ from ..runtime.call import Role, note_labels
 from ..runtime.generate import DecoderGeneration, current_generation
 from ..saving.card import describe_use
 from ..saving.compatibility import check_config
+from ..saving.state_dict import check_keys, misfit_error, needed_tensors
 from ..transaction import Snapshot, remember, transaction
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
             problems = [f"{key} is missing" for key in info.missing_keys & needed_tensors(model, added[0]).keys()]
             problems += [f"{key} has no place" for key in info.unexpected_keys if f".{LAYER}." in key]
             if problems:
-                raise misfit(added[0], problems)
+                raise misfit_error(added[0], problems)
     return info
 
 
