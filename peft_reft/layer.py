@@ -1,8 +1,8 @@
 """`ReftLayer`: the adapters of one module whose output is edited."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,7 +14,7 @@ from .edits.intervention import Intervention
 from .edits.scale import UNMEASURED, measure_exponents
 from .edits.variants import VARIANTS
 from .positions.language import AnyPositions, Positions
-from .runtime.plan import Plan
+from .positions.select import Selection
 
 # The keys of an adapter's tensors are [module]._reft._reft_[unit].[adapter]._[tensor]. Their parts begin with an
 # underscore, as names of adapters rarely do: PEFT does not save keys that have the name of another adapter in them.
@@ -32,6 +32,21 @@ CANNOT_MERGE = (
     "Keep the adapter beside the model, in use as in storage: PeftModel.from_pretrained(base, adapter) loads it, "
     "model.disable_adapter() and model.unload() give the base model."
 )
+
+
+class CallEdits(Protocol):
+    """What a layer needs to know of a call of its model (`runtime.plan.Plan`)."""
+
+    def edits(self, layer: "ReftLayer") -> Iterable[tuple[AnyPositions, Mapping[str, Unit]]]:
+        """Yield the choices of positions that are edited in a layer, each with its units by name."""
+
+    def rows(
+        self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
+    ) -> list[Selection]:
+        """Return the tokens that each unit edits."""
+
+    def counted(self, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """Mark the tokens [batch, tokens] that tell the scale of hidden states."""
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -88,7 +103,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             unit.exponents.copy_(others[0].exponents)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def measure(self, hidden_states: torch.Tensor, plan: Plan) -> None:
+    def measure(self, hidden_states: torch.Tensor, plan: CallEdits) -> None:
         """Take the scale from hidden states [batch, tokens, d], for units that are trained for the first time."""
         units = [unit for name in self.adapters_in_use for unit in self.units(name).values() if unit.waits_for_scale]
         if not units:
@@ -121,34 +136,19 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """Whether any adapter, active or not, edits tokens outside of prompts."""
         return any(positions.span == "all" for positions in self.positions.values())
 
-    def is_used_by(self, plan: Plan | None) -> bool:
-        """Whether a call has adapters to run here; one whose plan is not known has the active ones."""
-        if plan is not None and plan.call.is_answering and not self.edits_answers:
-            return False
-        if plan is None or plan.mixed_batch is None:
-            return bool(self.adapters_in_use)
-        return not self.disable_adapters and any(name in self.positions for name in plan.mixed_batch.names)
-
-    def edits(self, plan: Plan) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
-        """The choices of positions that are edited in a call, one after the other, each with its units by name."""
-        if plan.mixed_batch is None:
-            yield from ((self.positions[name], self.units(name)) for name in self.adapters_in_use)
-        else:
-            yield plan.mixed_batch.edits(self, self.positions, self.units)
-
-    def forward(self, hidden_states: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, plan: CallEdits) -> torch.Tensor:
         """Edit what the module put out.
 
         Args:
             hidden_states (`torch.Tensor` [batch, tokens, d]): the module's output.
-            plan (`Plan`): the call that it belongs to.
+            plan (`CallEdits`): the call that it belongs to.
 
         Returns:
             `torch.Tensor` [batch, tokens, d]: the same but at the edited tokens.
         """
         if self.training:
             self.measure(hidden_states, plan)
-        for positions, units in self.edits(plan):
+        for positions, units in plan.edits(self):
             batch, tokens = hidden_states.shape[:2]
             rows = plan.rows(positions, tuple(units), batch, tokens, hidden_states.device)
             for some in rows:

@@ -3,19 +3,12 @@
 All rows are edited together: the weights of the adapters are stacked, and each row takes its own.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from torch import nn
-
-from ..edits.intervention import Intervention
 from ..edits.per_row import PerRowUnits
-from ..positions.language import PerRowPositions, Positions
-from .state import PerThread
-
-if TYPE_CHECKING:
-    from .generate import Family
+from ..layer import ReftLayer
+from ..positions.language import PerRowPositions
+from .state import Family, PerThread
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -32,9 +25,9 @@ class MixedBatch:
             become several rows (beams, returned sequences), one for each prompt.
     """
 
-    family: "Family"
+    family: Family
     names: tuple[str, ...]
-    _edits: dict[nn.Module, tuple[PerRowPositions, dict[str, PerRowUnits]]] = field(default_factory=dict)
+    _edits: dict[ReftLayer, tuple[PerRowPositions, dict[str, PerRowUnits]]] = field(default_factory=dict)
 
     def repeats(self, batch: int, expanded: bool) -> int:
         """How many rows of a batch belong to each name.
@@ -53,26 +46,18 @@ class MixedBatch:
             )
         return batch // len(self.names)
 
-    def edits(
-        self, layer: nn.Module, positions: Mapping[str, Positions], units_of: Callable[[str], dict[str, Intervention]]
-    ) -> tuple[PerRowPositions, dict[str, PerRowUnits]]:
-        """What the batch's adapters edit in a layer, made once for as long as the batch lasts.
-
-        Args:
-            layer (`nn.Module`): the layer.
-            positions (`Mapping[str, Positions]`): the positions of each adapter that it has.
-            units_of (`Callable`): gives the units of an adapter.
-        """
+    def edits(self, layer: ReftLayer) -> tuple[PerRowPositions, dict[str, PerRowUnits]]:
+        """Return what the batch's adapters edit in a layer, made once for the batch."""
         if layer not in self._edits:
-            adapters = [name for name in dict.fromkeys(self.names) if name in positions]
-            units = {name: units_of(name) for name in adapters}
+            adapters = [name for name in dict.fromkeys(self.names) if name in layer.positions]
+            units = {name: layer.units(name) for name in adapters}
             choices = [adapters.index(name) if name in adapters else 0 for name in self.names]
             slots = ("prefix", "suffix") if any(len(units[name]) == 2 for name in adapters) else ("unit",)
             stacked = {
                 slot: PerRowUnits([units[name].get(slot) or units[name]["unit"] for name in adapters], choices)
                 for slot in slots
             }
-            self._edits[layer] = PerRowPositions(tuple(map(positions.get, self.names))), stacked
+            self._edits[layer] = PerRowPositions(tuple(map(layer.positions.get, self.names))), stacked
         return self._edits[layer]
 
 

@@ -23,8 +23,9 @@ from .adapter_names import BASE, MixedBatch, current_mixed_batch
 from .block_outputs import edit_in_layout
 from .call import SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
-from .generate import Family, Generation, current_generation, find_cache
+from .generate import Generation, current_generation, find_cache
 from .lengths import current_lengths
+from .state import Family
 
 PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
 
@@ -35,7 +36,7 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     if plan is not None and plan.checkpointed is module:
         plan.checkpointed = None
         return None
-    if layer is None or not layer.is_used_by(plan):
+    if layer is None or not plans.is_edited(layer, plan):
         return None
     plan = find_plan(module, args, kwargs)
     if plan is None:
@@ -127,7 +128,7 @@ class CheckpointEdits:
         layer = layer_of(block) if isinstance(block, nn.Module) else None
         # With no gradient from before the block, reentrant checkpointing would give none to what is within.
         takes_part = torch.is_grad_enabled() and any(torch.is_tensor(arg) and arg.requires_grad for arg in args)
-        is_edited = takes_part and layer is not None and layer.is_used_by(running)
+        is_edited = takes_part and layer is not None and plans.is_edited(layer, running)
         kept = running.kept
 
         def forward_and_edit(*args: Any) -> Any:

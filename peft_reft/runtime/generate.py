@@ -9,17 +9,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..positions.prompts import Prompts, valid_tokens, whole_sequences
 from .adapter_names import MixedBatch
-from .state import PerThread
+from .state import Family, PerThread
 
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
 
 current = PerThread()  # the call of `generate` that runs
 _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
-
-
-class Family:
-    """Stands for the modules that are one model: an object of its own in every copy of the model."""
 
 
 def current_generation() -> "Generation | None":

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ..layer import base_modules
-from .generate import Family, current_generation
-from .state import PerThread
+from .generate import current_generation
+from .state import Family, PerThread
 
 _current = PerThread()  # the families, the lengths and the call of `generate` around the innermost block, and so on
 

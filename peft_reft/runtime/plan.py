@@ -5,7 +5,7 @@ A `Plan` belongs to one call, for as long as that lasts, and every adapted modul
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..edits.apply import Unit
+from ..layer import ReftLayer
 from ..positions.language import AnyPositions, Positions
 from ..positions.select import Selection, to_rows
 from .adapter_names import MixedBatch
 from .call import Call
-from .generate import Family
-from .state import PerThread
+from .state import Family, PerThread
 
 EVERYWHERE = Positions.parse("all")
 
@@ -51,6 +52,13 @@ class Plan:
     def kept(self) -> "Plan":
         """The plan without what only its call needs; what was found in the call stays."""
         return replace(self, call=self.call.ended(), outer=None, checkpointed=None)
+
+    def edits(self, layer: ReftLayer) -> Iterator[tuple[AnyPositions, Mapping[str, Unit]]]:
+        """Yield the choices of positions that are edited in a layer, each with its units by name."""
+        if self.mixed_batch is None:
+            yield from ((layer.positions[name], layer.units(name)) for name in layer.adapters_in_use)
+        else:
+            yield self.mixed_batch.edits(layer)
 
     def rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
@@ -129,6 +137,15 @@ def warn_if_empty(masks: Iterable[torch.Tensor], positions: AnyPositions, family
             "each model.",
             stacklevel=2,
         )
+
+
+def is_edited(layer: ReftLayer, plan: Plan | None) -> bool:
+    """Return whether a call has adapters to run in a layer. A call whose plan is not known has the active ones."""
+    if plan is not None and plan.call.is_answering and not layer.edits_answers:
+        return False
+    if plan is None or plan.mixed_batch is None:
+        return bool(layer.adapters_in_use)
+    return not layer.disable_adapters and any(name in layer.positions for name in plan.mixed_batch.names)
 
 
 def current_plan() -> "Plan | None":

@@ -13,3 +13,7 @@ class PerThread(threading.local):
 
     def __init__(self) -> None:
         self.value: Any = None
+
+
+class Family:
+    """Stands for the modules that are one model: an object of its own in every copy of the model."""
