@@ -25,7 +25,7 @@ TAKING_AWAY = ("_unload_and_optionally_merge", "merge_adapter", "unmerge_adapter
 
 
 def split_base(model: nn.Module) -> tuple[nn.Module, PeftModel | None]:
-    """The model that ReFT adapts, and the `PeftModel` around it if there is one.
+    """Return the model that ReFT adapts, and the `PeftModel` around it if there is one.
 
     Raises:
         ValueError: if ReFT cannot be put on a `PeftModel` of this kind.
@@ -86,22 +86,22 @@ def has_tokens(config: PeftConfig) -> bool:
 
 
 def method_of(config: PeftConfig) -> str:
-    """What PEFT calls the method of an adapter."""
+    """Return PEFT's name of an adapter's method."""
     return PeftType(config.peft_type).value
 
 
 def base_peft_model(model: Any) -> PeftModel | None:
-    """The `PeftModel` with other adapters that is the base model of a `PeftModel` with ReFT."""
+    """Return the `PeftModel` with other adapters that is the base model of a `PeftModel` with ReFT."""
     return vars(model.base_model).get("base_peft_model") if isinstance(model, PeftModel) else None
 
 
 def folder_name(config: PeftConfig, adapter_name: str) -> str:
-    """The subfolder for an adapter of the base model: one that is no ReFT adapter's name, as those have theirs."""
+    """Return the subfolder for an adapter of the base model. No ReFT adapter has that name."""
     return f"{method_of(config).lower()}-{adapter_name}"
 
 
 def active_base_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
-    """The adapters of other methods that take part in a forward of a model, by the names of their subfolders."""
+    """Return the active adapters of other methods, by the names of their subfolders."""
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
     active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     others = {name: config for name, config in configs.items() if config.peft_type != REFT}
@@ -202,7 +202,7 @@ def save_base_adapters(model: PeftModel, folder: Any, *args: Any, **kwargs: Any)
 
 
 def saved_base_adapters(model: PeftModel) -> dict[str, str]:
-    """The names of the base model's adapters by the subfolders in which they are saved."""
+    """Return the names of the base model's adapters, by the subfolders in which they are saved."""
     below = base_peft_model(model)
     return {} if below is None else {folder_name(config, name): name for name, config in below.peft_config.items()}
 

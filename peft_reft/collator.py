@@ -30,7 +30,7 @@ class DataCollatorWithPromptLengths:
     collator: Callable[..., MutableMapping[str, Any]]
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> MutableMapping[str, Any]:
-        """The batch of the wrapped collator, with `prompt_lengths` (`torch.LongTensor` [batch])."""
+        """Return the batch of the wrapped collator, with `prompt_lengths` (`torch.LongTensor` [batch])."""
         batch = self.collator(features, *args, **kwargs)
         batch["prompt_lengths"] = find_prompt_lengths(batch)
         return batch
@@ -50,7 +50,7 @@ class PromptLengthsAdder:
     is_finding: bool = True
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
-        """The batch of the wrapped collator, perhaps with `prompt_lengths` (`torch.LongTensor` [batch])."""
+        """Return the batch of the wrapped collator, with `prompt_lengths` [batch] if they are known."""
         rows = [row for row in features if isinstance(row, Mapping)] if isinstance(features, list) else []
         given = [row["prompt_lengths"] for row in rows if "prompt_lengths" in row]  # which the collator may take away
         batch = self.collator(features, *args, **kwargs)
@@ -66,7 +66,7 @@ class PromptLengthsAdder:
 
 
 def find_prompt_lengths(batch: MutableMapping[str, Any]) -> torch.Tensor:
-    """The number of tokens before the answer in each row of a batch, padding not counted; of all where none is.
+    """Return the number of tokens before the answer in each row of a batch. Padding is not counted.
 
     Returns:
         `torch.LongTensor` [batch].

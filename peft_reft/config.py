@@ -281,7 +281,7 @@ class ReftConfig(PeftConfig):
 
 
 def find_activation(name: str | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The activation of a name, None for the identity.
+    """Return the activation of a name, None for the identity.
 
     Raises:
         ValueError: if transformers has none of that name, or it holds tensors, which no adapter has a place for.

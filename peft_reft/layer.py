@@ -50,7 +50,7 @@ class CallEdits(Protocol):
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
-    """A child of the module that it adapts, with adapter parameters alone; a hook of that module calls it.
+    """The adapters of one module. It is a child of that module, and a hook of the module calls it.
 
     Args:
         d (`int`): width of the hidden states that the module puts out.
@@ -122,7 +122,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             unit.waits_for_scale = False
 
     def units(self, adapter_name: str) -> dict[str, Intervention]:
-        """The units of an adapter by name: `"unit"`, or `"prefix"` and `"suffix"`."""
+        """Return the units of an adapter by name: `"unit"`, or `"prefix"` and `"suffix"`."""
         slots: dict[str, Any] = {"unit": self._reft_unit, "prefix": self._reft_prefix, "suffix": self._reft_suffix}
         return {slot: units[adapter_name] for slot, units in slots.items() if adapter_name in units}
 
@@ -176,17 +176,17 @@ def warn_of_replicas(units: Sequence[Intervention]) -> None:
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile(module)` has compiled; a module that is not compiled, itself."""
+    """Return the module that `torch.compile(module)` has compiled, or a module that is not compiled itself."""
     return module._modules.get(COMPILED) or module
 
 
 def plain_name(name: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
-    """The name of a module or parameter without those of wrappers around its parents."""
+    """Return the name of a module or parameter without the names of wrappers."""
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def layer_of(module: nn.Module) -> ReftLayer | None:
-    """The `ReftLayer` of a module, or None if it has none."""
+    """Return the `ReftLayer` of a module, or None if it has none."""
     layer = module._modules.get(LAYER)
     return layer if isinstance(layer, ReftLayer) else None
 
@@ -194,7 +194,7 @@ def layer_of(module: nn.Module) -> ReftLayer | None:
 def base_modules(
     module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The named modules of a model but those within `ReftLayer`s, which may be many for each adapter."""
+    """Yield the named modules of a model, except those within `ReftLayer`s."""
     seen = set() if seen is None else seen
     if module in seen:
         return
@@ -206,5 +206,5 @@ def base_modules(
 
 
 def adapted_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ReftLayer]]:
-    """The modules of a model that have a `ReftLayer`, with it, by name."""
+    """Return the modules of a model that have a `ReftLayer`, and that layer, by name."""
     return {name: (module, layer) for name, module in base_modules(model) if (layer := layer_of(module)) is not None}

@@ -147,7 +147,7 @@ class ReftModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """As in PEFT; besides, the model is hooked so that each call of it has a plan."""
+        """Inject the adapter as PEFT does, and hook the model so that each of its calls has a plan."""
         with transaction():
             config = self.peft_config.pop(adapter_name)  # PEFT adds it before the adapter
             remember(self)

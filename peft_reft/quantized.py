@@ -81,7 +81,7 @@ def check_gradients(model: nn.Module, args: tuple) -> None:
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A linear layer of each kind that a model has, with its name, where it can be called as it lies."""
+    """Yield a linear layer of each kind of a model, with its name, if it can be called on its own."""
     kinds = set()
     for name, module in model.named_modules():
         if width_of(module) is not None:
@@ -103,13 +103,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def width_of(module: nn.Module) -> int | None:
-    """The width of what a linear layer is given, None for another module."""
+    """Return the input width of a linear layer, None for another module."""
     width = getattr(module, "in_features", getattr(module, "infeatures", None))  # of GPTQ's layers
     return width if isinstance(width, int) else None
 
 
 def passed_gradient(module: nn.Module) -> float:
-    """How much of the slope of a linear layer's output its gradient has: 1, but for what rounding does to small steps.
+    """Return the ratio of a linear layer's gradient to the slope of its output. It is 1, up to rounding.
 
     0 where there is no gradient.
     """

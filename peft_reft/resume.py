@@ -32,7 +32,7 @@ SHARDS = r"(pytorch_model_fsdp|optimizer)_\d+"  # folders that FSDP writes
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint in a folder from which training goes on as if nothing had interrupted it.
+    """Return the newest checkpoint in a folder from which training continues as if it had not been interrupted.
 
     Newer ones that are not whole are left out, with a warning that says why. Files are compared with their own tables
     of contents; their data are not read, and no code in them is run. Among several processes, all call it, and all
@@ -57,7 +57,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 
 def find_last(folder: str | Path) -> str | None:
-    """What `last_whole_checkpoint` finds, by this process alone."""
+    """Return the result of `last_whole_checkpoint` for one process."""
     names = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
     checkpoints = {int(step): path for step, path in names.items() if step.isdecimal() and path.is_dir()}
     for step, path in sorted(checkpoints.items(), reverse=True):
@@ -72,7 +72,7 @@ def find_last(folder: str | Path) -> str | None:
 
 
 def defects(checkpoint: Path, step: int) -> Iterator[str]:
-    """What is wrong with a checkpoint. Each check takes for granted that those before found nothing."""
+    """Yield the defects of a checkpoint. Each check relies on the earlier ones."""
     if (checkpoint / INCOMPLETE).exists():
         yield f"it holds {INCOMPLETE}"
     for path in sorted(checkpoint.rglob("*")):
@@ -125,7 +125,7 @@ def defects(checkpoint: Path, step: int) -> Iterator[str]:
 
 
 def defects_of_deepspeed(checkpoint: Path, processes: int) -> Iterator[str]:
-    """What is wrong with the part of a checkpoint that DeepSpeed writes: a folder, and a file that names it."""
+    """Yield the defects of DeepSpeed's part of a checkpoint: a folder, and a file that names it."""
     latest = checkpoint / "latest"
     name = read_bounded(latest).decode() if latest.exists() else ""
     folder = checkpoint / name
@@ -192,7 +192,7 @@ def check_shard(path: Path, keys: set[str]) -> None:
 
 
 def saved_arguments(file: Path) -> Inert:
-    """The object that `torch.save` has written."""
+    """Return the content of a file that `torch.save` has written."""
     with open_archive(file) as archive:
         (member,) = (member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
         if member.compress_type != zipfile.ZIP_STORED or member.file_size > MAX_BYTES:
@@ -217,13 +217,13 @@ class BoundedFile(io.FileIO):
 
 
 def read_bounded(path: Path) -> bytes:
-    """What a file holds."""
+    """Return the content of a file."""
     with BoundedFile(path) as file:
         return file.read()
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file, which fails where its table of contents is damaged."""
+    """Open a zip file. A damaged table of contents raises an error."""
     with BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
         yield archive

@@ -86,7 +86,7 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None) -> lis
 
 
 def config_around(model: nn.Module, name: str) -> Any:
-    """The config of the innermost transformers model in which a module lies, or None."""
+    """Return the config of the innermost transformers model around a module, or None."""
     parts = name.split(".")
     owners = (model.get_submodule(".".join(parts[:n])) for n in range(len(parts), -1, -1))
     return next((owner.config for owner in owners if isinstance(owner, PreTrainedModel)), None)
@@ -111,7 +111,7 @@ def check_blocks(model: nn.Module, name: str) -> None:
 
 @functools.cache
 def source_of(function: Any) -> str:
-    """The source of a function, empty where there is none."""
+    """Return the source of a function, empty if there is none."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
@@ -157,7 +157,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, tuple[int, i
 
 
 def find_named(model: nn.Module, config: ReftConfig) -> list[str]:
-    """The modules that `target_modules` names, in the layers that are chosen."""
+    """Return the modules that `target_modules` names, in the chosen layers."""
     modules = dict(model.named_modules())
     adapters = [name for name, module in modules.items() if isinstance(module, ReftLayer)]
     candidates = [name for name in modules if name and not any(f"{name}.".startswith(f"{a}.") for a in adapters)]
@@ -224,7 +224,7 @@ def linear_width(module: nn.Module) -> int | None:
 
 
 def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:
-    """The modules whose layer is among `layers_to_transform`.
+    """Return the modules whose layer is among `layers_to_transform`.
 
     Args:
         config (`ReftConfig`): the config.
@@ -251,7 +251,7 @@ def choose_layers(config: ReftConfig, layers: Mapping[str, int]) -> list[str]:
 
 
 def text_config(module: nn.Module) -> Any:
-    """The config of a transformers model's language model, or None."""
+    """Return the config of a transformers model's language model, or None."""
     return module.config.get_text_config() if isinstance(module, PreTrainedModel) else getattr(module, "config", None)
 
 
@@ -267,13 +267,13 @@ def lies_between(model: nn.Module, name: str) -> bool:
 
 
 def norm_width(module: nn.Module) -> int | None:
-    """The width of a norm; None for another module."""
+    """Return the width of a norm, None for another module."""
     weight = getattr(module, "weight", None)
     return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
 
 
 def sharded_dimension(model: Any, name: str) -> str | None:
-    """What transformers' tensor parallelism leaves on each process of what a module puts out, None if all of it."""
+    """Return the dimension of a module's output that tensor parallelism shards, None if it shards none."""
     if (getattr(model, "_tp_size", None) or 1) == 1:
         return None
     plan = model.tp_plan
@@ -283,7 +283,7 @@ def sharded_dimension(model: Any, name: str) -> str | None:
 
 
 def output_width(model: nn.Module, name: str) -> int:
-    """The width of what a module puts out.
+    """Return the width of a module's output.
 
     Raises:
         ValueError: if it puts out no hidden state, or its width cannot be told.

@@ -108,7 +108,7 @@ def is_same(container: Any, content: Any) -> bool:
 
 
 def tensors_of_adapter(modules: list[nn.Module], adapter_name: str) -> Iterator[torch.Tensor]:
-    """The tensors of an adapter, with those of the modules and tokens that are trained with it."""
+    """Yield the tensors of an adapter, and of the modules and tokens that are trained with it."""
     for module in modules:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             for name in module.adapter_layer_names:

@@ -16,7 +16,7 @@ def sees_operations() -> bool:
 
 
 def for_all_samples(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor whose values can be read: within `torch.func.vmap` that of all samples."""
+    """Return the tensor whose values can be read. Within `torch.func.vmap` it has all samples."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

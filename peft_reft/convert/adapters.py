@@ -61,7 +61,7 @@ def read_adapters(source: str | Path, intervention: str | None) -> Edits:
 
 
 def adapters_config(source: str | Path) -> dict[str, Any]:
-    """The config of a ReFT of adapters."""
+    """Return the config of a ReFT adapter of adapters."""
     config = read_config(fetch(source, "adapter_config.json"), "adapter_config.json", "adapters").get("config")
     kind = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(config, dict) or kind != "reft":
@@ -75,7 +75,7 @@ def adapters_config(source: str | Path) -> dict[str, Any]:
 
 
 def by_module(tensors: Tensors) -> dict[str, dict[int, Tensors]]:
-    """The tensors of each unit, by its number, of each module."""
+    """Return the tensors of each module's units, by the unit's number."""
     modules: dict[str, dict[int, Tensors]] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.+)\.reft_layer\.refts\.[^.]+\.units\.(\d+)\.(.+)", key)
@@ -86,7 +86,7 @@ def by_module(tensors: Tensors) -> dict[str, dict[int, Tensors]]:
 
 
 def adapters_intervention(is_orthogonal: bool, intervention: str | None) -> str:
-    """The intervention of a checkpoint, which says whether its projection is orthogonal, not if it is subtracted."""
+    """Return the intervention of a checkpoint. Its config names the orthogonality of the projection only."""
     possible = [
         name for name, variant in VARIANTS.items() if variant.linear and variant.orthonormal == bool(is_orthogonal)
     ]
@@ -102,7 +102,7 @@ def adapters_intervention(is_orthogonal: bool, intervention: str | None) -> str:
 
 
 def adapters_unit(tensors: Tensors, intervention: str, where: str) -> Tensors:
-    """R, W and b of a unit of adapters, whose projections are [r, d]."""
+    """Return R, W and b of a unit of adapters, whose projections are [r, d]."""
     if VARIANTS[intervention].orthonormal:
         projection = take_orthogonal(tensors, "projection", where)
     else:
@@ -112,7 +112,7 @@ def adapters_unit(tensors: Tensors, intervention: str, where: str) -> Tensors:
 
 
 def adapters_activation(non_linearity: str | None) -> str | None:
-    """The name of an activation in `transformers.activations.ACT2FN`, where adapters takes it from but for one."""
+    """Return the name of an activation in `transformers.activations.ACT2FN`. adapters has one name of its own."""
     if non_linearity is None:
         return None
     if not isinstance(non_linearity, str):

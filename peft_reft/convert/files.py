@@ -15,7 +15,7 @@ from .edits import Tensors
 
 
 def fetch(source: str | Path, *patterns: str) -> Path:
-    """The folder of a checkpoint, brought from the Hub, as far as its files match the patterns, if there is none."""
+    """Return the folder of a checkpoint. Download matching files if it is on the Hub."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -25,7 +25,7 @@ def fetch(source: str | Path, *patterns: str) -> Path:
 
 
 def read_config(folder: Path, name: str, kind: str) -> dict[str, Any]:
-    """The JSON file of a checkpoint."""
+    """Return the content of a checkpoint's JSON file."""
     path = folder / name
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "a file"
@@ -42,7 +42,7 @@ def read_config(folder: Path, name: str, kind: str) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, *names: str) -> Tensors | None:
-    """The tensors in the first of these files that is there, None if none is. No code in a pickle is run."""
+    """Return the tensors of the first of these files that exists, None if none does. No code in a pickle is run."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         return None
@@ -61,7 +61,7 @@ def read_tensors(folder: Path, *names: str) -> Tensors | None:
 
 
 def take(tensors: Tensors, name: str, where: str, dims: int) -> torch.Tensor:
-    """One of the tensors, of so many dimensions, in float32."""
+    """Return a tensor in float32, and check its number of dimensions."""
     if name not in tensors:
         raise ValueError(f"{where} has no tensor {name!r} (found: {', '.join(sorted(tensors)) or 'none'}).")
     tensor = tensors[name].float()
@@ -73,7 +73,7 @@ def take(tensors: Tensors, name: str, where: str, dims: int) -> torch.Tensor:
 
 
 def check_shapes(unit: Tensors, where: str) -> Tensors:
-    """The unit, if its W is [r, d] and its b [r], as its R [r, d] asks for."""
+    """Return the unit if its W is [r, d] and its b is [r], for its R [r, d]."""
     shape = unit["R"].shape
     for name, expected in (("W", shape), ("b", shape[:1])):
         if name in unit and unit[name].shape != expected:
@@ -85,7 +85,7 @@ def check_shapes(unit: Tensors, where: str) -> Tensors:
 
 
 def take_orthogonal(tensors: Tensors, name: str, where: str) -> torch.Tensor:
-    """A weight that torch's `orthogonal` parametrises: what is saved is turned into the matrix that is used.
+    """Return the matrix that torch's `orthogonal` parametrisation makes of its saved tensors.
 
     With its base B the weight is B Q(original), B applied to the longer side; Q is computed by torch itself.
     """

@@ -109,7 +109,7 @@ def read_pyreft(
 
 
 def pyreft_intervention(types: list[Any]) -> str:
-    """The intervention that classes of pyreft compute, which must all be the same."""
+    """Return the intervention that classes of pyreft compute. They must all be the same."""
     classes = [re.sub(r".*[.']([^.']+)'>", r"\1", str(kind)) for kind in dict.fromkeys(types)]
     if len(classes) != 1 or classes[0] not in INTERVENTIONS:
         raise ValueError(
@@ -120,7 +120,7 @@ def pyreft_intervention(types: list[Any]) -> str:
 
 
 def pyreft_unit(tensors: Tensors, intervention: str, act_fn: str | None, where: str) -> Tensors:
-    """R, W and b of an intervention of pyreft, whose rotations are [d, r], and whose free projections [r, d]."""
+    """Return R, W and b of an intervention of pyreft, whose rotations are [d, r] and free projections [r, d]."""
     if unknown := sorted(name for name in tensors if not name.startswith(TENSORS)):
         raise ValueError(
             f"{where} holds {', '.join(unknown)}, which cannot be converted: ReFT here has no such parameters. (An "
@@ -177,7 +177,7 @@ def is_shared(keys: Mapping[int | str, list[str]], positions: str, share_weights
 
 
 def in_order(keys: list[str], order: list[str], first_unit: str | None) -> list[str]:
-    """The keys of a module's interventions, that of the prefix first.
+    """Return the keys of a module's interventions, the prefix first.
 
     pyreft's `get_intervention_locations` gives the prefix to the first half of all interventions.
     """

@@ -35,7 +35,7 @@ LARGEST_DEFECT = 0.05  # of R R^T from the identity: bfloat16 leaves less than 0
 
 
 def with_orthonormal_rows(unit: Tensors, intervention: str, act_fn: str | None) -> Tensors:
-    """The same edit with an R [r, d] whose rows are orthonormal, where the variant asks for it.
+    """Return the same edit with an R [r, d] whose rows are orthonormal, where the variant requires it.
 
     A saved R is so up to rounding, R = L Q with L near the identity. The edit R^T (W h + b - R h) is also
     Q^T (L^T W h + L^T b - L^T L Q h), of which what is not Q h goes into W. With an activation between, or no W, there
@@ -66,7 +66,7 @@ def with_orthonormal_rows(unit: Tensors, intervention: str, act_fn: str | None) 
 
 
 def make_base(base_model: str, task_type: str | None, num_labels: int | None) -> tuple[PreTrainedModel, str | None]:
-    """The base model on the meta device, without weights, and its task type for PEFT, None if there is none."""
+    """Return the base model on the meta device, and its task type for PEFT, None if it has none."""
     config = AutoConfig.from_pretrained(base_model, **({} if num_labels is None else {"num_labels": num_labels}))
     if task_type is None:
         architecture = next(iter(config.architectures or []), "")
@@ -85,7 +85,7 @@ def make_base(base_model: str, task_type: str | None, num_labels: int | None) ->
 
 
 def find_module(model: PreTrainedModel, blocks: list[str], module: int | str) -> str:
-    """The name in the model of a block, or of a module that another class around the same model may name otherwise."""
+    """Return the model's name of a block or of another module. Another model class may name it differently."""
     if isinstance(module, int):
         if not -len(blocks) <= module < len(blocks):
             raise ValueError(f"The checkpoint edits layer {module}, but the base model has {len(blocks)}.")
@@ -104,7 +104,7 @@ def find_module(model: PreTrainedModel, blocks: list[str], module: int | str) ->
 
 
 def make_config(edits: Edits, ranks: dict[str, int], blocks: list[str], task_type: str | None) -> ReftConfig:
-    """The config for edits of these ranks, by the names of their modules."""
+    """Return the config for edits of these ranks, by the names of their modules."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     where: dict[str, Any] = {}
     if not ranks.keys() <= {*blocks}:
@@ -127,7 +127,7 @@ def make_config(edits: Edits, ranks: dict[str, int], blocks: list[str], task_typ
 
 
 def head_of(edits: Edits, model: PreTrainedModel) -> Tensors:
-    """What of the base model was trained with the edits.
+    """Return the tensors of the base model's head that were trained with the edits.
 
     Raises:
         ValueError: if any of it is no parameter of the model's head.
@@ -178,7 +178,7 @@ def save_adapter(
 
 
 def state_of(units: dict[str, dict[str, Tensors]], edits: Edits) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the adapter by their keys in the state dict of a `PeftModel`."""
+    """Yield the tensors of the adapter with their keys in the state dict of a `PeftModel`."""
     for module, found in units.items():
         for unit, tensors in found.items():
             saved = with_orthonormal_rows(tensors, edits.intervention, edits.act_fn)

@@ -1,4 +1,4 @@
-"""Edits of hidden states: of given tokens, and of some tokens of a batch."""
+"""Apply edits to hidden states: to given tokens, and to some tokens of a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,11 +24,11 @@ class Unit(Protocol):
 
     @staticmethod
     def stack(units: Any) -> Matrices:
-        """The matrices of several of the same kind, one after the other, in float32 at least."""
+        """Return the matrices of several units of one kind, in float32 at least."""
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which an edit is computed in the dtype that it chooses."""
+    """Return a context in which an edit is computed in its own dtype."""
     kind = "cpu" if device.type == "meta" else device.type  # there is no autocast for meta
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -71,7 +71,7 @@ class LinearEdit(torch.autograd.Function):
 
 
 def masked(low_rank: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zero where a mask [n, tokens, 1] is false: here, where edits are narrow."""
+    """Return zero where a mask [n, tokens, 1] is false. A low-rank edit costs less to mask than hidden states."""
     return low_rank if mask is None else torch.where(mask, low_rank, 0)
 
 

@@ -75,7 +75,7 @@ class Intervention(nn.Module):
 
     @property
     def exponents(self) -> torch.Tensor | None:
-        """Those of the scale (`torch.CharTensor` [d]), -128 until it is measured; None if not standardised."""
+        """The exponents of the scale (`torch.CharTensor` [d]): -128 until it is measured, None if not standardised."""
         return self._exponents
 
     @property
@@ -85,7 +85,7 @@ class Intervention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
-        """Draw the parameters anew.
+        """Draw new parameters.
 
         Args:
             init_weights (`bool` or `str`): True for an edit that is zero where the variant allows it: R = 0 in a
@@ -171,7 +171,7 @@ class Intervention(nn.Module):
                 self._exponents = self._kept_exponents.to(self.b.device)  # type: ignore[union-attr]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that its tensors have when they are whole, whatever of them lies on this device."""
+        """Return the full shapes of the tensors, however they are sharded."""
         shapes: dict[str, tuple[int, ...]] = {"R": (self.r, self.d), "b": (self.r,)}
         if self.variant.linear:
             shapes["W"] = (self.r, self.d)
@@ -180,16 +180,16 @@ class Intervention(nn.Module):
         return shapes
 
     def projection(self) -> torch.Tensor:
-        """The projection R [r, d] that is used, in float32 at least."""
+        """Return the projection R [r, d] that is used, in float32 at least."""
         return self.variant.projection(self.R)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Copies of `R`, `W` and `b`: FSDP and ZeRO gather the parameters for the time of this call alone."""
+        """Return copies of `R`, `W` and `b`. FSDP and ZeRO gather the parameters only during this call."""
         return self.R.clone(), None if self.W is None else self.W.clone(), self.b.clone()
 
     @staticmethod
     def stack(units: Sequence["Intervention"]) -> Matrices:
-        """The matrices of units of one adapter, in float32 at least."""
+        """Return the matrices of units of one adapter, in float32 at least."""
         R, W, b = (
             None if parts[0] is None else stack(parts) for parts in zip(*(unit() for unit in units), strict=True)
         )
@@ -201,5 +201,5 @@ class Intervention(nn.Module):
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.stack`, without a copy of a single one."""
+    """Stack tensors. A single tensor is not copied."""
     return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)

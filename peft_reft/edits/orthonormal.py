@@ -29,7 +29,7 @@ def orthonormal_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_factor(rows: torch.Tensor) -> torch.Tensor:
-    """L^-1 [..., r, r], where L L^T = rows rows^T, L is lower triangular and its diagonal is positive."""
+    """Return L^-1 [..., r, r], where L L^T = rows rows^T and L is lower triangular with a positive diagonal."""
     gram = rows @ rows.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # Rows that depend on each other leave rounding where a pivot should be, of either sign: this makes it positive.
@@ -41,7 +41,7 @@ def inverse_factor(rows: torch.Tensor) -> torch.Tensor:
 
 
 def gram_schmidt(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q = L^-1 W with orthonormal rows, and L^-1.
+    """Return Q = L^-1 W, whose rows are orthonormal, and L^-1.
 
     Products and r x r factors alone, batched on every device: `torch.linalg.qr` on CUDA takes matrices of more than
     256 columns one at a time. In float64 one pass leaves 20 r 2.2e-16 cond(W)^2, which is 1e-6 where cond(W) is 2500

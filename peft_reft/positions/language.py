@@ -58,7 +58,7 @@ class Positions:
         return bool(self.suffix) or self.span == "prompt"
 
     def needs(self, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows whose positions need the prompt's end, and rows whose positions count from its start as well.
+        """Return the rows that need the end of their prompt, and those that count from its start as well.
 
         Returns:
             Two `torch.BoolTensor` [batch or 1, 1].
@@ -67,11 +67,11 @@ class Positions:
         return needs_end, prefix
 
     def units(self, share_weights: bool) -> tuple[str, ...]:
-        """The names of the units that edit these positions: one each for prefix and suffix, or one for all."""
+        """Return the names of the units that edit these positions: one each for prefix and suffix, or one for all."""
         return ("prefix", "suffix") if self.prefix and self.suffix and not share_weights else ("unit",)
 
     def most(self, unit: str, spans: Prompts) -> int | None:
-        """The most tokens of a row that a unit edits; None if only values bound them."""
+        """Return the largest number of a row's tokens that a unit edits. None if only values bound it."""
         if self.span:
             return 0 if unit == "prefix" else None
         suffix = 0 if unit == "prefix" else self.suffix
@@ -95,7 +95,7 @@ class Positions:
     def outside_prompts(
         self, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
     ) -> list[Selection]:
-        """What is edited where no token is in a prompt."""
+        """Return the selection where no token is in a prompt."""
         return [Selection(("unit",), None, None)] if self.span == "all" else []
 
 
@@ -151,12 +151,12 @@ class PerRowPositions:
         return [] if everywhere is None else [Selection(units[-1:], None, everywhere.expand(1, -1, tokens))]
 
     def _everywhere(self, batch: int, device: torch.device) -> torch.Tensor | None:
-        """The rows whose every token is edited [batch, 1]; None if there is no such row."""
+        """Return the rows whose every token is edited [batch, 1], or None if there is no such row."""
         chosen = [choice is not None and choice.span == "all" for choice in self.choices]
         return self._by_row("everywhere", chosen, batch, device) if any(chosen) else None
 
     def _by_row(self, name: str, values: list, batch: int, device: torch.device) -> torch.Tensor:
-        """A value of each choice, as a tensor [batch, 1, ...] that is made once: decoding asks at every step."""
+        """Return a value of each choice as a tensor [batch, 1, ...]. Decoding needs it at every step."""
         key = (name, batch, device)
         if key not in self._tensors:
             tensor = torch.tensor(values, device=device)

@@ -1,4 +1,4 @@
-"""Where prompts are: read off masks, position ids, labels and lengths, with no shape that depends on their values."""
+"""Find prompts from masks, position ids, labels and lengths. No shape depends on their values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def check(condition: torch.Tensor, message: str) -> None:
 
 
 def valid_tokens(attention_mask: Any, past: int, tokens: int, is_causal: bool) -> torch.Tensor | None:
-    """Which tokens are no padding, read off an attention mask.
+    """Mark the tokens that are not padding, from an attention mask.
 
     Args:
         attention_mask: a mask [batch, columns]; one that is prepared, [batch, heads, queries, columns] or [batch,
@@ -118,7 +118,7 @@ def valid_tokens(attention_mask: Any, past: int, tokens: int, is_causal: bool) -
 
 
 def without_padding(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """Which tokens are no padding, read off their ids: padding is at the ends of a row.
+    """Mark the tokens that are not padding, from their ids. Padding is at the ends of a row.
 
     Args:
         input_ids (`torch.LongTensor` [batch, tokens]): the ids.
@@ -132,20 +132,20 @@ def without_padding(input_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
 
 
 def valid_before(valid: torch.Tensor) -> torch.Tensor:
-    """The column of the last token before each, padding left out; -1 for the first [batch, tokens]."""
+    """Return the column [batch, tokens] of the previous token that is not padding, -1 for the first."""
     column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     last = column.masked_fill(~valid, -1).cummax(1).values
     return torch.cat([last.new_full((len(last), 1), -1), last[:, :-1]], dim=1)
 
 
 def answer_starts(answer: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The first token of each run of an answer [batch, tokens], padding left out."""
+    """Mark the first token [batch, tokens] of each run of an answer. Padding is ignored."""
     before = valid_before(valid)
     return answer & ~(answer.gather(1, before.clamp(min=0)) & (before >= 0))
 
 
 def sequence_ids(arguments: Mapping[str, Any], valid: torch.Tensor) -> torch.Tensor | None:
-    """Which of the sequences that are packed in a row a token belongs to.
+    """Return the sequence that each token of a packed row belongs to.
 
     Args:
         arguments (`dict`): `cu_seq_lens_q`, the cumulative lengths over all rows, or `position_ids` [batch or 1,
@@ -188,19 +188,19 @@ def per_sequence(values: torch.Tensor, sequences: torch.Tensor | None, reduce: s
 
 
 def ranks(valid: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
-    """The index of each token in its sequence [batch, tokens], padding not counted; of no meaning on padding."""
+    """Return the index [batch, tokens] of each token in its sequence. Padding is not counted."""
     count = valid.long().cumsum(1)
     return count - per_sequence(count.masked_fill(~valid, count.shape[1] + 1), sequences, "amin")
 
 
 def whole_sequences(valid: torch.Tensor, sequences: torch.Tensor | None = None) -> Prompts:
-    """Every sequence is a prompt from its first token to its last."""
+    """Return prompts that are complete sequences."""
     length = per_sequence(valid.long(), sequences, "sum")
     return Prompts(valid, ranks(valid, sequences), length, length, one_prompt=sequences is None)
 
 
 def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: torch.Tensor) -> Prompts:
-    """Each row's prompt has the length that the caller gave.
+    """Return prompts of the lengths that the caller gave.
 
     Args:
         valid (`torch.BoolTensor` [batch, tokens]): False on padding.
@@ -240,7 +240,7 @@ def before_labels(
     positions: Choice,
     packed: bool,
 ) -> Prompts:
-    """Each run of labels that are not -100 is an answer, and ends a prompt that began with its sequence.
+    """Return the prompts before each run of labels that are not -100. A prompt begins with its sequence.
 
     Args:
         valid (`torch.BoolTensor` [batch, tokens]): False on padding.
@@ -290,7 +290,7 @@ def before_labels(
 
 
 def _values(tensor: torch.Tensor) -> str:
-    """The values for a message that a CPU raises; elsewhere looking at them would make the device wait."""
+    """Return the values of a CPU tensor for a message. On other devices this would force a sync."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return ""
     return str(for_all_samples(tensor).flatten().tolist())

@@ -64,7 +64,7 @@ def describe_use(folder: str | Path, config: PeftConfig) -> None:
 
 
 def loading_code(config: PeftConfig, base: str) -> str:
-    """The lines that load an adapter, after those of its base model if that had some when it was trained."""
+    """Return the lines that load an adapter, and before it the adapters of its base model."""
     auto_class = AUTO_CLASSES.get(config.task_type or "", "AutoPeftModel")
     base_adapters = getattr(config, "base_adapters", None)
     if not base_adapters:

@@ -23,7 +23,7 @@ FIELDS = (
 
 
 def trained_tokens(model: nn.Module, config: ReftConfig) -> dict[str, list[int]]:
-    """The indices of the tokens that are trained, in their order, by the names of the embeddings."""
+    """Return the indices of the trained tokens in their order, by the names of the embeddings."""
     indices: Any = config.trainable_token_indices or {}
     if isinstance(indices, list):
         return {_get_input_embeddings_name(model, "embed_tokens") or "embed_tokens": indices}
@@ -31,7 +31,7 @@ def trained_tokens(model: nn.Module, config: ReftConfig) -> dict[str, list[int]]
 
 
 def meaning(model: nn.Module, config: ReftConfig, field: str) -> Any:
-    """What a field of a config comes to in a model: equal for values that choose the same.
+    """Return the effect of a config's field in a model. Values with the same effect are equal.
 
     Raises:
         ValueError: if the config does not fit the model.
@@ -57,7 +57,7 @@ def meaning(model: nn.Module, config: ReftConfig, field: str) -> Any:
 
 
 def differences(model: nn.Module, own: PeftConfig, other: PeftConfig) -> list[str]:
-    """The fields in which two configs for a base model differ so that the adapters compute something else."""
+    """Return the fields of two configs for a base model that make the adapters compute something else."""
     if not isinstance(own, ReftConfig) or not isinstance(other, ReftConfig):
         return [] if own.peft_type == other.peft_type else ["peft_type"]
     fields = [field for field in FIELDS if getattr(own, field) != getattr(other, field)]

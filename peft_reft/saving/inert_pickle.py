@@ -54,18 +54,18 @@ class Inert:
         self._by_name: dict[str, Any] | None = None
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
-        """The keys and values of a dict."""
+        """Return the keys and values of a dict."""
         return zip(self.items[::2], self.items[1::2], strict=True)
 
     @property
     def by_name(self) -> dict[str, Any]:
-        """What a dict has under keys that are strings."""
+        """Return the values of a dict whose keys are strings."""
         if self._by_name is None:  # found once, or many objects of one large state would take long
             self._by_name = {key: value for key, value in self.pairs() if isinstance(key, str)}
         return self._by_name
 
     def attribute(self, name: str) -> Any:
-        """An attribute of an object.
+        """Return an attribute of an object.
 
         Raises:
             ValueError: if it was not saved.

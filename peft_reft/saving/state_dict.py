@@ -79,7 +79,7 @@ def check_names(
 
 
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Intervention, str]]:
-    """All tensors of an adapter: the key of each in the model's state dict, its unit, and its name there."""
+    """Yield the tensors of an adapter: the key in the model's state dict, the unit, and the name within the unit."""
     for name, (_, layer) in adapted_modules(model).items():
         for unit, intervention in layer.units(adapter_name).items():
             for tensor in intervention.shapes():
@@ -88,22 +88,22 @@ def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Inter
 
 
 def needed_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of an adapter, whole, by their keys in the model's state dict."""
+    """Return the full shapes of an adapter's tensors, by their keys in the model's state dict."""
     return {key: unit.shapes()[name] for key, unit, name in tensors_of(model, adapter_name)}
 
 
 def is_other_rank() -> bool:
-    """Whether this is a process that has others beside it, and not the first of them."""
+    """Whether this is one of several processes, and not the first."""
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, gathered from all processes if it is a shard of FSDP2's."""
+    """Return a tensor, gathered from all processes if FSDP2 has sharded it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, of which each process keeps the part that it has of a parameter if that is sharded by FSDP2."""
+    """Return a tensor sharded like a parameter, if FSDP2 has sharded that."""
     if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -111,7 +111,7 @@ def sharded_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def wrong_shapes(needed: dict[str, tuple[int, ...]], given: dict[str, torch.Tensor]) -> list[str]:
-    """What is wrong with the shapes of given tensors."""
+    """Return the errors in the shapes of given tensors."""
     return [
         f"{key} is {list(given[key].size())}, not {list(needed[key])}"
         for key in needed.keys() & given.keys()
@@ -132,7 +132,7 @@ def check_checkpoint(
 
 
 def wrapped_keys(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The modules and tokens that are saved with adapters: the adapter's name and a key, in files and in the model."""
+    """Yield what is saved with adapters besides edits: an adapter's name and a key, in files and in the model."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             for adapter_name in module._adapters:
@@ -154,7 +154,7 @@ def is_resized(model: nn.Module, config: PeftConfig) -> bool:
 
 
 def embedding_prefixes(model: nn.Module) -> list[str]:
-    """What the keys of a model's embeddings begin with, input and output."""
+    """Return the prefixes of the keys of a model's input and output embeddings."""
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     layers = [layer for getter in getters if getter is not None and (layer := getter()) is not None]
     return [f"{plain_name(name)}." for name, module in model.named_modules() if any(module is one for one in layers)]
@@ -194,13 +194,13 @@ def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None
 
 
 def in_short(problems: list[str]) -> str:
-    """The first of some problems or keys, and how many more there are."""
+    """Return the first three of some problems or keys, and the number of the others."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return f"{'; '.join(sorted(problems)[:3])}{more}"
 
 
 def misfit_error(adapter_name: str, problems: list[str]) -> ValueError:
-    """The error for a checkpoint that does not fit its config, which names the first of the problems."""
+    """Return the error for a checkpoint that does not fit its config. It names the first problems."""
     return ValueError(
         f"The checkpoint of adapter {adapter_name!r} does not fit its config: "
         f"{in_short(problems)}. Its r, rank_pattern, positions, share_weights, intervention "
