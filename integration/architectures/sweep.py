@@ -33,6 +33,25 @@ SECONDS = 120  # for one architecture
 TITLES = {"causal": "causal LM", "classifier": "sequence classification", "seq2seq": "sequence to sequence"}
 PASSES, REFUSED, FAILS, NOT_BUILT, NOT_THERE = "yes", "refused", "fails", "not built", ""
 
+INTRODUCTION = """\
+# Architectures
+
+This page lists every architecture that transformers registers for causal language models, sequence classifiers
+and sequence-to-sequence models. Each is tested as a tiny model with random weights. "Yes" means that the default
+choice of blocks, or the noted one, passes these checks:
+
+- The logits equal those of the base model, edited by hand at the same tokens, with labels and without.
+- Every adapter parameter gets a gradient, and gradient checkpointing gives the same gradients.
+- Greedy generation gives the same tokens and logits as edits by hand.
+- A saved and loaded adapter gives the same logits.
+- Each edit changes the logits.
+
+"Refused" means that adding an adapter raises `ValueError`.
+
+`integration/architectures/sweep.py --write` wrote this page, with transformers {transformers}, peft {peft} and
+torch {torch}.
+`integration/architectures/test_architectures.py` checks every row."""
+
 
 class Result(NamedTuple):
     """What came of one architecture: one of the words above, and why."""
@@ -104,17 +123,7 @@ def sweep(kinds: Iterable[str], only: list[str] | None, workers: int) -> dict[st
 def write_table(results: dict[str, dict[str, Result]]) -> str:
     """The page: counts, the reasons of what does not pass, and a row for each architecture."""
     lines = [
-        "# Architectures",
-        "",
-        "Every architecture that transformers registers for causal language models, sequence classifiers and",
-        "sequence-to-sequence models, built tiny with drawn weights. Where it says yes, it is adapted with the",
-        "default choice of blocks (or with what is noted), and this holds: its logits are those of its base model",
-        "edited by hand at the tokens that the positions name, with labels and without; every adapter parameter gets",
-        "a gradient, the same with gradient checkpointing; greedy generation gives the tokens and logits by hand; an",
-        "adapter that is saved and loaded gives the same. Each edit is seen to change the logits.",
-        "",
-        f"Written by `integration/architectures/sweep.py --write`, with transformers {version('transformers')}, peft",
-        f"{version('peft')} and torch {version('torch').partition('+')[0]}. The tests beside it hold every row.",
+        INTRODUCTION.format(**{name: version(name).partition("+")[0] for name in ("transformers", "peft", "torch")}),
         "",
         "| | " + " | ".join(TITLES.values()) + " |",
         "|---" * (len(TITLES) + 1) + "|",

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from peft_reft import ReftConfig
 
 README = Path(__file__).parents[2] / "README.md"
+DOCS = README.parent / "docs"
 
 
 @pytest.fixture
@@ -22,12 +23,15 @@ def folder(tmp_path, monkeypatch, tokenizer):
     return tmp_path
 
 
+PAGES = README, DOCS / "adapters.md", DOCS / "positions.md", DOCS / "lora.md"
+
+
 def python_blocks(page=README):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_every_python_block_is_run():
-    assert len(python_blocks()) == 4
+    assert [len(python_blocks(page)) for page in PAGES] == [3, 1, 1, 3]
 
 
 def test_first_snippet(folder, chats):
@@ -41,30 +45,40 @@ def test_first_snippet(folder, chats):
     assert (folder / "Qwen3-0.6B-ReFT" / "adapter_model.safetensors").exists()
 
 
-def test_use_snippet(folder, capsys):
-    code = python_blocks()[1].replace("Qwen/Qwen3-0.6B", "base")
-    exec(code, names := {})
+def test_use_snippets(folder, capsys):
+    """Train, then save, load, generate and push; and of docs/adapters.md, an adapter for each row."""
+    training, using = python_blocks()[1:]
+    exec(training.replace("Qwen/Qwen3-0.6B", "base"), names := {})
     assert "trainable params: 3,120 ||" in capsys.readouterr().out
+    assert names["model"].active_peft_config.task_type == "CAUSAL_LM"
+    grads = [p.grad for p in names["model"].parameters() if p.requires_grad]
+    assert grads and all(grad is not None for grad in grads)
+    pushing = 'model.push_to_hub("user/adapter")'
+    assert pushing in using
+    exec(using.replace(pushing, ""), names)
     assert names["tokens"].shape[1] > names["prompts"]["input_ids"].shape[1]
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {
         f.name for f in Path("adapter").iterdir()
     }
-    exec(python_blocks()[2], names)
+    (mixing,) = python_blocks(DOCS / "adapters.md")
+    exec(mixing, names)
     assert names["tokens"].shape[0] == 3
 
 
 def test_lengths_snippet():
+    """Of docs/positions.md."""
     model = get_peft_model(make_llama(), ReftConfig(task_type="CAUSAL_LM", positions="l1", init_weights=False)).eval()
     names = {"model": model, "lengths": torch.tensor([2, 3]), "input_ids": torch.arange(1, 9).view(2, 4)}
     score = lambda model, input_ids: model(input_ids=input_ids).logits  # noqa: E731
-    exec(python_blocks()[3], names | {"score": score}, found := {})
+    (scoring,) = python_blocks(DOCS / "positions.md")
+    exec(scoring, names | {"score": score}, found := {})
     expected = model(input_ids=names["input_ids"], prompt_lengths=names["lengths"]).logits
     assert torch.equal(found["scores"], expected) and not torch.equal(score(model, names["input_ids"]), expected)
 
 
 def test_lora_snippets(folder, capsys):
     """Of docs/lora.md: train and save, load, merge and load."""
-    saving, loading, merging = python_blocks(README.parent / "docs" / "lora.md")
+    saving, loading, merging = python_blocks(DOCS / "lora.md")
     names, batch = {}, torch.tensor([[3, 4, 5, 6]])
     saving, trained = saving.replace("Qwen/Qwen3-0.6B", "base"), "# train model with any trainer"
     assert trained in saving
@@ -84,7 +98,7 @@ def test_lora_snippets(folder, capsys):
 def test_coverage_names_tests_that_are_there():
     """Each `file.py::test` of the table, where `::test` alone is one of the file named before it in its row."""
     root, named = README.parent, set()
-    for row in (root / "docs" / "coverage.md").read_text().splitlines():
+    for row in (DOCS / "coverage.md").read_text().splitlines():
         file = ""
         for path, test in re.findall(r"`([\w/]+/\w+\.py)?(?:::(test_\w+))?`", row):
             file = path or file
@@ -139,3 +153,21 @@ def test_what_a_user_writes(folder):
     """Section 7 of the design, line for line."""
     exec(SECTION_7, names := {})
     assert names["logits"].shape[:2] == names["batch"]["input_ids"].shape
+
+
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [README, README.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page):
+    """A page can be renamed, and a heading reworded, without those who link to it seeing so."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = page if not path else page.parent / path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
