@@ -62,7 +62,7 @@ def killed(tmp_path_factory, make_run):
         folder, (fault, _) = tmp_path_factory.mktemp(config), FAULTS[config][name]
         (folder / "runs.json").write_text(json.dumps([make_run(config, "run")]))
         log = folder / "log.txt"
-        new = (config, name) == ("ddp", "in a step")  # to see how new interpreters end
+        new = (config, name) == ("fsdp2", "in a step")  # to see how new interpreters end
         process = start(config, DIE, folder, json.dumps(fault), new=new, log=log)
         assert process.pid in [p.pid for p in those_that_write_to(log)]
         try:
