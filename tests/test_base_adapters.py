@@ -1,8 +1,7 @@
 import copy
-import subprocess
-import sys
 import warnings
 
+import forks
 import pytest
 import torch
 from by_hand import ByHand, generated, labels_of, make_llama
@@ -320,9 +319,8 @@ def test_files_are_those_of_each_alone(saved, base, lora, model, ids):
 
 
 def test_lora_in_a_process_that_does_not_know_reft(saved, base, lora, ids):
-    arguments = (str(saved), str(saved / "adapter" / "lora-default"))
-    process = subprocess.run([sys.executable, "-c", PLAIN, *arguments], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    process = forks.run(["-c", PLAIN, saved, saved / "adapter" / "lora-default"], imported=forks.PEFT)
+    assert process.returncode == 0, process.stdout
     close(torch.load(saved / "logits.pt"), logits(merged_by_hand(base, lora), ids))
 
 

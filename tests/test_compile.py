@@ -63,20 +63,26 @@ def test_forward_and_backward_are_one_graph_for_all_prompts(adapt, ids, position
     assert counter.frame_count == 1
 
 
+def count_for_lengths(model):
+    """How often a model is compiled for rows of four lengths, one after the other."""
+    torch.compiler.reset()
+    ids, counter = random_ids(), CompileCounter()
+    compiled = torch.compile(model.train(), fullgraph=True, backend=counter)
+    for length in (12, 11, 10, 9):
+        compiled(input_ids=ids[:, :length], labels=labels_of(ids, [(5, 12)], [(8, 12)])[:, :length])
+    return counter.frame_count
+
+
+@pytest.fixture(scope="module")
+def count_of_base():
+    return count_for_lengths(make_two_blocks())
+
+
 @pytest.mark.parametrize("positions", ["f2+l2", "all"])
-def test_compiled_anew_for_other_lengths_no_more_often_than_the_base(adapt, ids, positions):
-    model, by_hand = adapt(make_two_blocks, positions=positions)
+def test_compiled_anew_for_other_lengths_no_more_often_than_the_base(adapt, ids, count_of_base, positions):
+    model, _ = adapt(make_two_blocks, positions=positions)
     model.train()(input_ids=ids, labels=labels_of(ids, [(5, 12)], [(8, 12)]))  # measures the scale
-    counts = []
-    for each in (by_hand.base, model):
-        torch.compiler.reset()
-        counter = CompileCounter()
-        compiled = torch.compile(each.train(), fullgraph=True, backend=counter)
-        for length in (12, 11, 10, 9):
-            labels = labels_of(ids, [(5, 12)], [(8, 12)])[:, :length]
-            compiled(input_ids=ids[:, :length], labels=labels)
-        counts.append(counter.frame_count)
-    assert counts[1] == counts[0] < 4
+    assert count_for_lengths(model) == count_of_base < 4
 
 
 @pytest.mark.slow
@@ -90,40 +96,45 @@ def test_compiled_by_inductor(adapt, ids, positions):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def decode_with_a_static_cache(model):
+    """The tokens of the last of three calls of `generate`, and the sizes of all graphs that they have compiled."""
+    torch.compiler.reset()
+    ids, graphs = random_ids(), []
+
+    def note(graph, inputs):  # a function: transformers copies the config
+        if len(graph.graph.nodes) > 1:  # a hook that runs no operation makes a graph without any
+            graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    config = CompileConfig(fullgraph=True, backend=note, mode=None)
+    config._compile_all_devices = True
+    options = dict(cache_implementation="static", compile_config=config)
+    for length in (12, 9, 12):
+        inputs = dict(input_ids=ids[:, :length], attention_mask=MASK[:, :length])
+        tokens = model.generate(**inputs, **options, **GREEDY)
+    return tokens, graphs
+
+
+@pytest.fixture(scope="module")
+def graphs_of_base():
+    return decode_with_a_static_cache(make_two_blocks())[1]
+
+
 @pytest.mark.parametrize("positions", ["f2+l2", "all"])
-def test_decoding_with_a_static_cache_is_compiled_as_often_as_the_base(adapt, ids, positions):
+def test_decoding_with_a_static_cache_is_compiled_as_often_as_the_base(adapt, ids, graphs_of_base, positions):
     """transformers compiles the forwards of single tokens; they are as many graphs as without an adapter."""
-    model, by_hand = adapt(make_two_blocks, positions=positions)
+    model, _ = adapt(make_two_blocks, positions=positions)
     expected = model.generate(input_ids=ids, attention_mask=MASK, **GREEDY)
-    counts = []
-    for generating in (by_hand.base, model):
-        torch.compiler.reset()
-        graphs = []
-
-        def note(graph, inputs, graphs=graphs):  # a function: transformers copies the config
-            if len(graph.graph.nodes) > 1:  # a hook that runs no operation makes a graph without any
-                graphs.append(len(graph.graph.nodes))
-            return graph.forward
-
-        config = CompileConfig(fullgraph=True, backend=note, mode=None)
-        config._compile_all_devices = True
-        options = dict(cache_implementation="static", compile_config=config)
-        for inputs in (
-            dict(input_ids=ids, attention_mask=MASK),
-            dict(input_ids=ids[:, :9], attention_mask=MASK[:, :9]),
-        ):
-            found = generating.generate(**inputs, **options, **GREEDY)
-        found = generating.generate(input_ids=ids, attention_mask=MASK, **options, **GREEDY)
-        counts.append(graphs)
+    found, graphs = decode_with_a_static_cache(model)
     assert torch.equal(found, expected)
-    assert len(counts[0]) == len(counts[1]) > 0
-    assert (counts[0] == counts[1]) == (positions != "all")
+    assert len(graphs) == len(graphs_of_base) > 0
+    assert (graphs == graphs_of_base) == (positions != "all")
 
 
 @pytest.mark.slow
 def test_exported(adapt, ids):
     """The program finds the prompts of other masks than those that it was exported with."""
-    model, by_hand = adapt(positions="f2+l2")
+    model, by_hand = adapt(make_two_blocks, positions="f2+l2")
     inputs = dict(input_ids=ids, attention_mask=MASK, use_cache=False)
     program = torch.export.export(model.get_base_model(), (), inputs).module()
     other = dict(input_ids=ids.flip(0), attention_mask=MASK.flip(0), use_cache=False)
@@ -158,7 +169,7 @@ def prepared(mask):
 
 def test_lengths_that_are_told_around_compiled_calls(adapt, ids):
     """One graph for all lengths, and another one where nothing is told."""
-    model, by_hand = adapt(positions="f2+l2")
+    model, by_hand = adapt(make_two_blocks, positions="f2+l2")
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for lengths in ([5, 8], [3, 12], [4, 4]):

@@ -1,10 +1,10 @@
 import copy
 import json
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from by_hand import VOCABULARY, ByHand, generated, make_llama
@@ -31,7 +31,8 @@ ENVIRONMENT = os.environ | {"PEFT_REFT_AUTOLOAD": "0"}
 
 
 def run(code, *args):
-    return subprocess.run([sys.executable, "-c", code, *args], env=ENVIRONMENT, capture_output=True, text=True)
+    """Run code in a process that has imported PEFT, and nothing of ours."""
+    return forks.run(["-c", code, *args], imported=forks.PEFT, env=ENVIRONMENT)
 
 
 def test_import_brings_nothing_heavy():
@@ -46,7 +47,7 @@ heavy = ("accelerate", "datasets", "pandas", "pyarrow", "torch", "transformers")
 assert not [name for name in added if name.split(".")[0] in heavy], added
 """
     process = run(code)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
@@ -81,7 +82,7 @@ trainer.save_model = lambda *args, **kwargs: sys.exit(state.exists())
 trainer._save_checkpoint(model, None)
 """
     process = run(code, order, str(tmp_path))
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize(("config", "completed"), [(ReftConfig, True), (LoraConfig, False)])

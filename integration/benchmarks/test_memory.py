@@ -24,10 +24,12 @@ pytest.importorskip("bitsandbytes")
 
 SHAPES = [(SMALL[0], 2, 40), (SMALL[1], 1, 33)]
 TOLD = {"labels": False, "prompt_lengths": True}
+LARGER = pytest.param(*SHAPES[1], marks=pytest.mark.benchmarks, id="larger")
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.benchmarks)
 
 
-@pytest.mark.parametrize(("config", "batch", "tokens"), SHAPES, ids=["small", "larger"])
-@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("config", "batch", "tokens"), [pytest.param(*SHAPES[0], id="small"), LARGER])
+@pytest.mark.parametrize("parameters", [torch.float32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_autograd_keeps(config, batch, tokens, dtype, parameters):
     inputs = {told: make_batch(config, batch, tokens, 24, lengths) for told, lengths in TOLD.items()}
@@ -40,6 +42,7 @@ def test_what_autograd_keeps(config, batch, tokens, dtype, parameters):
             assert kept_for_backward(model, inputs[told]) - base == kept(config, setting(), run)[0], (name, told)
 
 
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_alive_between_forward_and_backward(checkpointing):
     """Seen from outside of autograd, by the lives of storages: the same, and less with gradient checkpointing."""
@@ -66,7 +69,7 @@ def test_what_is_alive_between_forward_and_backward(checkpointing):
             assert peak - base_peak <= most + gradients, (name, lengths)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
 def test_what_an_adapter_takes(tmp_path, dtype):
     config = SMALL[0]
     base = in_4bit(config)
@@ -87,6 +90,7 @@ def test_what_an_adapter_takes(tmp_path, dtype):
         assert 0 < names < 200 * len(trained), name
 
 
+@pytest.mark.benchmarks
 def test_parameters_of_large_models():
     """By hand, from the shapes of LLaMA's matrices."""
     for config in LARGE.values():

@@ -30,15 +30,30 @@ def test_backward_of_the_polar_factor():
     assert torch.autograd.gradcheck(PolarByEigh.apply, torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.fixture
+def names_of_rows(capsys):
+    """Runs the script, and gives the names of the rows of its tables."""
+
+    def run(options):
+        threads = torch.get_num_threads()
+        try:
+            main(options.split())
+        finally:
+            torch.set_num_threads(threads)
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line for line in lines if line.startswith("| ") and not line.startswith("|  |")]
+        return [row.split(" | ")[0].removeprefix("| ") for row in rows]
+
+    return run
+
+
+def test_prints_a_table(names_of_rows):
+    assert names_of_rows("--tables time --shapes 2x4x16 --rounds 2") == [*FUNCTIONS, *PARAMETRIZATIONS]
+
+
 @pytest.mark.slow
-def test_prints_all_tables(capsys):
-    threads = torch.get_num_threads()
-    try:
-        main("--shapes 2x4x16 1x4x1056 --rounds 2 --seeds 0 --learning_rates 1e-3 --steps 2".split())
-    finally:
-        torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if line.startswith("| ") and not line.startswith("|  |")]
-    names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+@pytest.mark.benchmarks
+def test_prints_all_tables(names_of_rows):
+    names = names_of_rows("--shapes 2x4x16 1x4x1056 --rounds 2 --seeds 0 --learning_rates 1e-3 --steps 2")
     both = [*FUNCTIONS, *PARAMETRIZATIONS]
     assert names == [*both, *both, *both, *FUNCTIONS, *TRAINED, *PARAMETRIZATIONS]

@@ -256,7 +256,11 @@ def test_dropout_is_the_familys_for_lora_too():
 # Runs
 
 
-@pytest.mark.parametrize("name", list(PROTOCOL.families))
+SMOKE = "instruction"  # the family that is run in every test run
+FAMILIES = [name if name == SMOKE else pytest.param(name, marks=pytest.mark.benchmarks) for name in PROTOCOL.families]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family_runs(name, data, folders, tmp_path, monkeypatch):
     """One contender of each method: well-formed results, the same batches, and no run a second time."""
     setup = make_setup(name, data, folders)
@@ -357,6 +361,7 @@ def test_runs_with_other_settings_are_other_runs(data, folders, tmp_path, monkey
     assert records[-1] | {"ablation": None, "value": None} == records[0]
 
 
+@pytest.mark.benchmarks
 def test_head_of_a_roberta_is_drawn_by_the_seed(data, tokenizer, tmp_path):
     """Whose classifier has two layers, and which is not pretrained in a checkpoint of the base."""
     shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": len(tokenizer)}
@@ -374,6 +379,7 @@ def test_head_of_a_roberta_is_drawn_by_the_seed(data, tokenizer, tmp_path):
     assert result["head_parameters"] == 32 * 32 + 32 + 2 * 32 + 2
 
 
+@pytest.mark.benchmarks
 def test_learning_rate_is_chosen_on_the_validation_part(data, folders):
     setup = make_setup("instruction", data, folders)
     prepared = Prepared(setup, setup.family.tasks["seed-tasks"])
@@ -384,6 +390,7 @@ def test_learning_rate_is_chosen_on_the_validation_part(data, folders):
     assert losses[1e-1] != losses[1e-6]
 
 
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("contender", ["base", "loreft"])
 def test_exact_is_what_greedy_decoding_gives(contender, data, folders):
     """With all weights trained until a model has learned to answer, but not which of two answers is right."""
@@ -458,6 +465,7 @@ def test_edits_end_with_the_prompt(data, folders):
     assert edited == [*range(n), *range(max(sample.prompt - 7, n), sample.prompt)]
 
 
+@pytest.mark.benchmarks
 def test_ablations(data, folders, tmp_path):
     setup = make_setup("nlu", data, folders)
     own, options = ablations.varied(setup, {"train": 8, "learning_rates": [1.0], "r": 2})
@@ -480,6 +488,7 @@ def test_ablations(data, folders, tmp_path):
     )
 
 
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("name", list(PROTOCOL.ablations))
 def test_ablations_change_options_that_there_are(name, data, folders):
     setup = make_setup("nlu", data, folders)
@@ -566,6 +575,7 @@ def test_data_that_is_not_there():
         find_folder("no/such/folder", "dataset")
 
 
+@pytest.mark.benchmarks
 def test_real_data():
     if not REAL_DATA.is_dir():
         pytest.skip(f"The real data is not at {REAL_DATA}.")
@@ -578,6 +588,7 @@ def test_real_data():
                 assert all(parts) and all(not a & b for a, b in itertools.combinations(parts, 2))
 
 
+@pytest.mark.benchmarks
 def test_reference_sees_the_same_batches(data, folders):
     """By a worker in an environment with pyreft, both where prompts are short and where they are not."""
     python = os.environ.get("REFERENCE_PYTHON")
@@ -595,6 +606,7 @@ def test_reference_sees_the_same_batches(data, folders):
             assert found[key] == expected[key]
 
 
+@pytest.mark.benchmarks
 def test_reference_is_evaluated_without_dropout(data, folders):
     python = os.environ.get("REFERENCE_PYTHON")
     if not python:

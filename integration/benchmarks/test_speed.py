@@ -169,6 +169,7 @@ def test_what_is_loaded_is_what_was_saved(name):
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
 
 
+@pytest.mark.benchmarks
 def test_quantized_base():
     """Its weights are those of the other one, but for rounding; all contenders train on it."""
     pytest.importorskip("bitsandbytes")
@@ -180,6 +181,7 @@ def test_quantized_base():
     check_found(speed.run("training-step", setup, rounds=2), "training-step")
 
 
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("workload", [name for name in WORKLOADS if name not in ("training-step", "import")])
 def test_workloads_run(workload, tmp_path, capsys):
     found = speed.run(workload, TINY, rounds=2) | {"size": "tiny", "dtype": "float32"}
@@ -209,24 +211,42 @@ def check_found(found, workload):
     assert {"cpu", "cores", "threads", "torch", "transformers", "peft"} <= found["machine"].keys()
 
 
+@pytest.fixture
+def run_command(tmp_path, monkeypatch):
+    """Run the script on the training step, and give what it found."""
+
+    def run(*words):
+        file, picture = tmp_path / "found.json", tmp_path / "found.png"
+        command = ["speed.py", *"training-step --size tiny --rounds 2".split(), *words]
+        monkeypatch.setattr(sys, "argv", [*command, "--json", str(file), "--png", str(picture)])
+        speed.main()
+        found = json.loads(file.read_text())
+        check_found(found, "training-step")
+        names = [result["contender"] for result in found["results"]]
+        assert names[:3] == ["floor", "floor, again", "ReFT, r 8, f7+l7"]
+        assert picture.exists()
+        return found
+
+    return run
+
+
+def test_command_line(run_command, capsys):
+    run_command()
+    assert "| floor, again |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_command_line(tmp_path, monkeypatch, capsys):
-    """With a Python that has no peers: their script measures a floor of its own."""
-    file, picture = tmp_path / "found.json", tmp_path / "found.png"
-    words = f"training-step --size tiny --rounds 2 --peers {sys.executable} --json {file} --png {picture}"
-    monkeypatch.setattr(sys, "argv", ["speed.py", *words.split()])
-    speed.main()
-    found = json.loads(file.read_text())
-    check_found(found, "training-step")
-    names = [result["contender"] for result in found["results"]]
-    assert names[:3] == ["floor", "floor, again", "ReFT, r 8, f7+l7"]
+@pytest.mark.benchmarks
+def test_command_line_with_peers(run_command, capsys):
+    """With a Python that has none: their script measures a floor of its own."""
+    found = run_command("--peers", sys.executable)
     peers = {result["contender"]: result["operators"] for result in found["peers"]["results"]}
     assert peers == dict.fromkeys(["floor", "floor, again"], found["results"][0]["operators"])
     assert found["peers"]["errors"] == {}
     assert "In another environment" in capsys.readouterr().out
-    assert picture.exists()
 
 
+@pytest.mark.benchmarks
 def test_import_is_timed_in_a_process_of_its_own():
     contender = Import("peft_reft", after="peft")
     assert set(contender.run()) == set(contender.measures)

@@ -11,10 +11,12 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import forks
 import psutil
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
+LAUNCH_FORKS = Path(__file__).with_name("launch_forks.py")
 TRAIN = Path(__file__).with_name("train.py")
 PATHS = [
     ROOT,
@@ -59,7 +61,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def end_with_children(process: subprocess.Popen) -> None:
+def end_with_children(process: subprocess.Popen | forks.Process) -> None:
     """Kill a launcher and all that it has started; torchrun gives each worker a process group of its own."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -73,7 +75,16 @@ def end_with_children(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def start(config: str, script: Path, *arguments, options=(), processes: int = 2, environment=None, log: Path):
+def start(
+    config: str,
+    script: Path,
+    *arguments,
+    options=(),
+    processes: int = 2,
+    environment=None,
+    new: bool = False,
+    log: Path,
+):
     """Start `accelerate launch` and return the process; its output goes to `log`.
 
     Args:
@@ -81,21 +92,20 @@ def start(config: str, script: Path, *arguments, options=(), processes: int = 2,
         script, arguments: what each process runs.
         options: more options of `accelerate launch`.
         environment: more environment variables.
+        new: whether launcher and processes are new interpreters, as a user's are, or forks, which start sooner.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
-    command += ["--num_processes", processes, "--main_process_port", free_port(), "--mixed_precision", "no"]
+    command = ["--config_file", CONFIGS / f"{config}.yaml", "--num_processes", processes]
+    command += ["--main_process_port", free_port(), "--mixed_precision", "no"]
     command += [*ON_CPUS.get(config, []), *options, script, *arguments]
     paths = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     settings |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
+    settings = os.environ | settings | (environment or {})
+    if not new:
+        return forks.start([LAUNCH_FORKS, *command], env=settings, log=log)
+    command = [*map(str, [sys.executable, "-m", "accelerate.commands.launch", *command])]
     with log.open("w") as stream:
-        return subprocess.Popen(
-            [*map(str, command)],
-            env=os.environ | settings | (environment or {}),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen(command, env=settings, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def launch(config: str, script: Path, *arguments, timeout: float = 240, log: Path, **options) -> Launched:

@@ -36,7 +36,7 @@ def launched(tmp_path_factory, rows, describe):
         describe("heads, resumed", rows, HEADS | middle["heads"], **saving),
         describe("preferences", preferences, max_length=None),
     ]
-    outcomes = train_distributed("ddp", folder, described)
+    outcomes = train_distributed("ddp", folder, described, new=True)
     return folder, {run["name"]: run for run in described}, outcomes
 
 

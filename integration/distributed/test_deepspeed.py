@@ -34,7 +34,8 @@ def runs_in(folder, rows, describe):
 def launched(request, tmp_path_factory, rows, describe):
     folder = tmp_path_factory.mktemp(request.param)
     runs = runs_in(folder, rows, describe)
-    return folder, runs, train_distributed(request.param, folder, list(runs.values()), environment=ON_CPUS)
+    outcomes = train_distributed(request.param, folder, list(runs.values()), environment=ON_CPUS, new=True)
+    return folder, runs, outcomes
 
 
 def test_same_as_one_process(launched, in_one_process, assert_same, subtests):

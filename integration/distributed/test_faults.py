@@ -47,6 +47,12 @@ def make_run(rows, describe):
     return make
 
 
+def those_that_write_to(log):
+    """The launcher and what it has started: they have no other name in common, if they are forks."""
+    processes = psutil.process_iter(["open_files"])
+    return [p for p in processes if any(file.path == str(log) for file in p.info["open_files"] or [])]
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, make_run):
     """Gives the folder of a training that was killed, its return code, how long it took to end, and what it left."""
@@ -55,12 +61,14 @@ def killed(tmp_path_factory, make_run):
     def kill(config, name):
         folder, (fault, _) = tmp_path_factory.mktemp(config), FAULTS[config][name]
         (folder / "runs.json").write_text(json.dumps([make_run(config, "run")]))
-        process = start(config, DIE, folder, json.dumps(fault), log=folder / "log.txt")
+        log = folder / "log.txt"
+        new = (config, name) == ("fsdp2", "in a step")  # to see how new interpreters end
+        process = start(config, DIE, folder, json.dumps(fault), new=new, log=log)
+        assert process.pid in [p.pid for p in those_that_write_to(log)]
         try:
             returncode = process.wait(timeout=300)  # a hang; starting alone may take long on a busy machine
             seconds = time.time() - float((folder / "died").read_text())
-            others = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])]
-            left = psutil.wait_procs(others, timeout=10)[1]
+            left = psutil.wait_procs(those_that_write_to(log), timeout=10)[1]
         finally:
             end_with_children(process)
         return folder, returncode, seconds, left

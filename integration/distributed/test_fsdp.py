@@ -64,12 +64,24 @@ def launched(tmp_path_factory, rows, describe):
         config = f"fsdp{version}"
         folder = tmp_path_factory.mktemp(config)
         runs = describe_all(describe, rows, folder, version)
-        outcomes = train_distributed(config, folder, runs)
+        outcomes = train_distributed(config, folder, runs, new=version == 1)  # test_faults.py has one of fsdp2.yaml
         wrapper = {1: "FullyShardedDataParallel", 2: "FSDPPeftModelForCausalLM"}[version]
         assert {rank["wrapped"] for ranks in outcomes.values() for rank in ranks} == {wrapper}
         return folder, {run["name"]: run for run in runs}, outcomes
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def alone(launched, in_one_process):
+    """Gives the same training in one process, with the same batches: it is one for both versions."""
+
+    @functools.cache
+    def train(name):
+        _, runs, _ = launched(2)
+        return in_one_process(runs[name], per_device_train_batch_size=4, gradient_accumulation_steps=1)
+
+    return train
 
 
 def of_each_version(*names):
@@ -78,11 +90,10 @@ def of_each_version(*names):
 
 
 @of_each_version("whole", "sharded", "checkpointed by the trainer", "nf4", *ONLY_FSDP2)
-def test_same_as_one_process(launched, in_one_process, assert_same, version, name):
+def test_same_as_one_process(launched, alone, assert_same, version, name):
     """In float32: losses, gradients and the adapter that is saved."""
-    folder, runs, outcomes = launched(version)
-    same_batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    assert_same(folder / name, outcomes[name], in_one_process(runs[name], **same_batch))
+    folder, _, outcomes = launched(version)
+    assert_same(folder / name, outcomes[name], alone(name))
 
 
 @of_each_version("whole", "sharded", "norm")
@@ -93,10 +104,10 @@ def test_resumed_as_if_uninterrupted(launched, assert_same, version, name):
 
 
 @of_each_version("bfloat16", "mixed precision")
-def test_bfloat16_as_in_one_process(launched, in_one_process, version, name):
+def test_bfloat16_as_in_one_process(launched, alone, version, name):
     """To its precision; the adapter stays in float32."""
-    folder, runs, outcomes = launched(version)
-    other, expected = in_one_process(runs[name], per_device_train_batch_size=4)
+    folder, _, outcomes = launched(version)
+    other, expected = alone(name)
     for rank in outcomes[name]:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-2)
         assert rank["grad_norms"] == pytest.approx(expected["grad_norms"], rel=5e-2)

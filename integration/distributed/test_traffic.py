@@ -2,9 +2,8 @@
 
 import json
 import socket
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 import traffic
@@ -21,8 +20,7 @@ HEADERS = 10_000  # at most what gloo adds in a step, and DDP to keep buffers al
 def counted(tmp_path_factory):
     """What each rank counted, by case."""
     file = tmp_path_factory.mktemp("traffic") / "counted.json"
-    command = [sys.executable, traffic.__file__, "--processes", str(PROCESSES), "--json", str(file)]
-    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    forks.run([traffic.__file__, "--processes", PROCESSES, "--json", file], timeout=240).check_returncode()
     return json.loads(file.read_text())
 
 

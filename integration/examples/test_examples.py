@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,12 +17,22 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.slow
 
 
-def run(folder, script, *options):
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_anew(folder, script, *options):
+    """Run a script in a new interpreter, as a user does."""
     command = [sys.executable, str(EXAMPLES / script), *map(str, options)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return process.stdout + process.stderr
+
+
+def run(folder, script, *options):
+    """Run a script in a process of its own that has imported TRL."""
+    process = forks.run([EXAMPLES / script, *options], cwd=folder, env=ENVIRONMENT)
+    assert process.returncode == 0, process.stdout[-6000:]
+    return process.stdout
 
 
 def run_here(folder, script, *options, monkeypatch):
@@ -47,7 +58,7 @@ EXPECTED_CONFIG = {"r": 2, "positions": "f1+l2", "share_weights": True, "layers_
 def test_sft(tmp_path, base, chats, pairs, monkeypatch):
     pairs.to_json(tmp_path / "pairs.jsonl")
     common = ["--model_name_or_path", base, *COMMON, "--per_device_train_batch_size", 2]
-    output = run(tmp_path, "sft.py", *common, *REFT, "--dataset_name", "pairs.jsonl", "--output_dir", "out")
+    output = run_anew(tmp_path, "sft.py", *common, *REFT, "--dataset_name", "pairs.jsonl", "--output_dir", "out")
     assert "trainable params: 260 ||" in output  # two layers, one unit of 2 * 2 * 32 + 2
     assert saved_config(tmp_path / "out") == EXPECTED_CONFIG
     chats.to_json(tmp_path / "chats.jsonl")

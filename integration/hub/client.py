@@ -1,7 +1,7 @@
 """What the tests run in processes of their own: `HF_ENDPOINT` is read when `huggingface_hub` is imported.
 
-`python client.py STEP FOLDER` runs one step and writes what it saw to FOLDER/STEP.json; FOLDER outlives the steps, the
-process and its `HF_HOME` do not.
+`python client.py FOLDER STEP ...` runs some steps and writes what each saw to FOLDER/STEP.json; FOLDER outlives the
+process, its `HF_HOME` does not.
 """
 
 import hashlib
@@ -236,10 +236,11 @@ def wrong_token(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    step, out = sys.argv[1], Path(sys.argv[2])
-    if step.startswith(("push", "load", "train")):
-        import torch
+    out = Path(sys.argv[1])
+    for step in sys.argv[2:]:
+        if step.startswith(("push", "load", "train")):
+            import torch
 
-        torch.manual_seed(0)
-        torch.set_num_threads(1)  # the tests compare bits between processes
-    (out / f"{step}.json").write_text(json.dumps(globals()[step](out)))
+            torch.manual_seed(0)
+            torch.set_num_threads(1)  # the tests compare bits between processes
+        (out / f"{step}.json").write_text(json.dumps(globals()[step](out)))

@@ -24,6 +24,13 @@ STRAIGHT_THROUGH = ["BitNet online", "BitNet offline"]  # rounds activations, wi
 TRAINABLE = [kind for kind in QUANTIZATIONS if kind not in WITHOUT_GRADIENT]
 
 
+@pytest.fixture(autouse=True)
+def eager():
+    """transformers compiles two functions of BitNet's layers, which takes longer than all tests of it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture
 def inputs():
     ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -32,6 +32,10 @@ LOADERS = {
 }
 
 
+# PEFT and transformers import these if they are installed, which is a third of what a new interpreter takes
+WITHOUT = "import sys\nsys.modules.update(dict.fromkeys(['bitsandbytes', 'hqq', 'torchao']))\n"
+
+
 @pytest.fixture
 def site(tmp_path):
     (tmp_path / "site").mkdir()
@@ -51,7 +55,7 @@ def adapter(base, tmp_path):
 
 def run(site, base, adapter, code, **variables):
     return subprocess.run(
-        [sys.executable, "-c", f"{base=}\nadapter={str(adapter)!r}\n{code}"],
+        [sys.executable, "-c", f"{WITHOUT}{base=}\nadapter={str(adapter)!r}\n{code}"],
         env=environment(site, ROOT, HF_HUB_OFFLINE="1", **variables),
         cwd=site,
         capture_output=True,
