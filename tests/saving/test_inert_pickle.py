@@ -1,4 +1,4 @@
-"""Pickles of every protocol, read without their classes; what a pickle may not do is in test_checkpoints.py."""
+"""Pickles of every protocol, read without their classes; what a pickle may not do is in test_resume.py."""
 
 import pickle
 from collections import OrderedDict
