@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig
 
 from peft_reft import prompt_lengths
+from peft_reft.runtime.plan import current_plan
 
 # Two blocks share a plan as many do, and compile sooner
 make_two_blocks = functools.partial(make_llama, 2)
@@ -129,6 +130,58 @@ def test_decoding_with_a_static_cache_is_compiled_as_often_as_the_base(adapt, id
     assert torch.equal(found, expected)
     assert len(graphs) == len(graphs_of_base) > 0
     assert (graphs == graphs_of_base) == (positions != "all")
+
+
+def columns_of(lengths, start=(0, 0)):
+    """The columns that "f2+l2" names in prompts of these lengths that begin at these columns."""
+    rows = list(zip(lengths, start, strict=True))
+    return {
+        "prefix": [[*range(first, first + min(2, length // 2))] for length, first in rows],
+        "suffix": [[*range(first + length - min(2, length - length // 2), first + length)] for length, first in rows],
+    }
+
+
+def breaks_graph(module, args, output):
+    torch._dynamo.graph_break()
+
+
+@pytest.mark.parametrize("breaks", [None, "model.layers.0"])
+def test_no_plan_is_left_by_a_compiled_forward(adapt, ids, breaks):
+    """torch.compile may lose what traced code writes to a thread's value. Each call is edited by its own prompts."""
+    model, by_hand = adapt(make_two_blocks, positions="f2+l2")
+    if breaks:  # so that a part of the call is traced by itself
+        model.get_base_model().get_submodule(breaks).register_forward_hook(breaks_graph)
+    compiled = torch.compile(model, fullgraph=breaks is None, backend="eager")
+    block = model.get_base_model().model.layers[1]
+    with torch.no_grad():
+        for lengths in ([5, 8], None, [3, 12], [2, 6]):
+            told = {} if lengths is None else dict(prompt_lengths=torch.tensor(lengths))
+            expected = by_hand.logits(columns_of(lengths or [12, 12]), input_ids=ids)
+            torch.testing.assert_close(compiled(input_ids=ids, **told).logits, expected, atol=1e-5, rtol=1e-5)
+            assert current_plan() is None
+            with pytest.raises(RuntimeError, match="outside a call of its model"):
+                block(torch.zeros(2, 12, 32), position_embeddings=(torch.ones(2, 12, 8),) * 2)
+            other = dict(input_ids=ids[:, :9])
+            found = model(**other, prompt_lengths=torch.tensor([7, 4])).logits
+            torch.testing.assert_close(found, by_hand.logits(columns_of([7, 4]), **other), atol=1e-5, rtol=1e-5)
+
+
+def test_no_plan_is_left_by_compiled_decoding(adapt, ids):
+    """Prompts of several lengths one after the other, with a forward and an uncompiled generate in between."""
+    model, by_hand = adapt(make_two_blocks, positions="f2+l2")
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    options = dict(cache_implementation="static", compile_config=config)
+    for length in (12, 7, 9):
+        given = dict(input_ids=ids[:, :length], attention_mask=MASK[:, :length])
+        expected = by_hand.generate(columns_of([length, length - 4], (0, 4)), **given)
+        assert torch.equal(model.generate(**given, **options, **GREEDY), expected)
+        assert current_plan() is None
+        with torch.no_grad():
+            found = model(input_ids=ids[:, :5], prompt_lengths=torch.tensor([4, 5])).logits
+        told = by_hand.logits(columns_of([4, 5]), input_ids=ids[:, :5])
+        torch.testing.assert_close(found, told, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model.generate(**given, **GREEDY), expected)
 
 
 @pytest.mark.slow

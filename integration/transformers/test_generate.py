@@ -307,7 +307,7 @@ def greedily(model, input_ids, logits_processor, stopping_criteria, generation_c
 
 def without_a_cache(model, input_ids, attention_mask=None, **inputs):
     for _ in range(5):
-        logits = model(input_ids=input_ids).logits
+        logits = model(**model.prepare_inputs_for_generation(input_ids, use_cache=False)).logits
         input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], dim=1)
     return input_ids
 

@@ -21,13 +21,12 @@ from . import plan as plans
 from .adapted_class import adapt_class, restore_class
 from .adapter_names import BASE, MixedBatch, current_mixed_batch
 from .block_outputs import edit_in_layout
-from .call import SIGNAL, TELLING, Call, Role, reads_text
+from .call import PROMPT_ENDS, SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
-from .generate import Generation, current_generation, find_cache
+from .generate import STEP, Generation, current_generation, find_cache, given_tokens, mark_step, note_cache
+from .guidance import guide_by_prompts
 from .lengths import current_lengths
 from .state import Family
-
-PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
 
 
 def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -167,7 +166,7 @@ def run_forward(module: Any, forward: Callable[..., Any], args: tuple, kwargs: d
 
 
 def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: bool = True) -> None:
-    """Make the plan of a call of a model, and keep `prompt_lengths` from the model."""
+    """Make the plan of a call of a model, and keep `prompt_lengths` and the mark of a step from the model."""
     role: Role | None = vars(module).get("_reft_role")
     if role is None:
         return
@@ -178,6 +177,7 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: b
             return
     checkpoint_edits(module, args)
     arguments = dict(zip(role.argument_names, args, strict=False)) | kwargs
+    kwargs.pop(STEP, None)
     if role.kind == "signal":
         arguments[SIGNAL] = next(filter(torch.is_tensor, arguments.values()), None)
     arguments = {name: arguments[name] for name in TELLING if arguments.get(name) is not None}
@@ -194,19 +194,48 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: b
         if lengths is not None and (not role.apart or role.kind == "decoder"):
             arguments = {"prompt_lengths": lengths} | arguments
     generation = generation_of(role, arguments)
-    call = Call(role, module, module.training, arguments, generation)
+    training = module.training and generation_around(role.family) is None  # nothing is trained within `generate`
+    call = Call(role, module, training, arguments, generation, skips_prepare(role, arguments))
     plans.current.value = plans.Plan(call, outer, mixed_batch_of(module, generation, kwargs), is_in_own_forward=is_own)
     if "prompt_lengths" not in role.argument_names:
         kwargs.pop("prompt_lengths", None)
 
 
-def generation_of(role: Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
-    """What knows the prompts of a call that generates."""
+def generation_around(family: Family) -> Generation | None:
+    """The `generate` of a model that runs."""
     generation = current_generation()
-    if generation is not None and generation.family is role.family:
-        if role.kind in ("causal", "decoder") and generation.is_of(arguments):
-            return generation
-    return Requests.of(find_cache(arguments))
+    return generation if generation is not None and generation.family is family else None
+
+
+def generation_of(role: Role, arguments: Mapping[str, Any]) -> Generation | Requests | None:
+    """What knows the prompts of a call that generates.
+
+    Raises:
+        RuntimeError: if the call is a step of a `generate` that does not run.
+    """
+    if STEP not in arguments or is_told(role, arguments):
+        return Requests.of(find_cache(arguments))
+    generation = generation_around(role.family)
+    if generation is None:
+        raise RuntimeError(
+            "The model was called with inputs that were prepared within `generate`, but outside of that call or in "
+            "another thread. Prepare them where you call the model."
+        )
+    return generation
+
+
+def skips_prepare(role: Role, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call has the cache of the `generate` that runs, but is not marked as a step of it."""
+    if STEP in arguments or is_told(role, arguments):
+        return False
+    generation, cache = generation_around(role.family), find_cache(arguments)
+    return generation is not None and cache is not None and cache is generation.cache
+
+
+def is_told(role: Role, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call's own arguments say where its prompts end, or it is given no text that continues prompts."""
+    continues = role.kind in ("causal", "decoder") and given_tokens(arguments) is not None
+    return not continues or any(name in arguments for name in PROMPT_ENDS)
 
 
 def mixed_batch_of(
@@ -257,7 +286,13 @@ def run_generate(model: Any, generate: Callable[..., Any], args: tuple, kwargs: 
         generations.current.value, mixed_batches.current.value, plans.current.value = values
 
 
-METHODS = {"forward": run_forward, "generate": run_generate}
+METHODS = {
+    "forward": run_forward,
+    "generate": run_generate,
+    "prepare_inputs_for_generation": mark_step,
+    "_prepare_cache_for_generation": note_cache,
+    "_get_logits_processor": guide_by_prompts,
+}
 
 
 def mix(model: nn.Module, family: Family, names: Any) -> MixedBatch:

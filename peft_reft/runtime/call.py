@@ -28,6 +28,7 @@ from .continuous_batching import Requests
 from .generate import (
     CACHES,
     STATES,
+    STEP,
     Family,
     Generation,
     find_cache,
@@ -40,15 +41,17 @@ from .generate import (
 SIGNAL = "signal"  # what a model of images or sound is given, whatever its forward calls it
 SIGNAL_MASKS = ("attention_mask", "patch_attention_mask", "pixel_attention_mask")
 
+PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
+
 # The arguments of a model's forward that tell where prompts are.
 TELLING = (
+    STEP,
     "input_ids",
     "inputs_embeds",
     "position_ids",
     "cu_seq_lens_q",
     "labels",
     "prompt_lengths",
-    "encoder_outputs",
     SIGNAL,
     *SIGNAL_MASKS,
     "logits_to_keep",
@@ -56,6 +59,12 @@ TELLING = (
     *STATES,
 )
 
+SKIPS_PREPARE = (
+    "The model was called within `generate` with the call's own cache, but not with what "
+    "`prepare_inputs_for_generation` returns, so ReFT cannot tell which step this is. In code for custom_generate, "
+    "call the model as transformers does: model(**model.prepare_inputs_for_generation(input_ids, **model_kwargs)). Or "
+    "pass `prompt_lengths`, or use a cache of your own."
+)
 USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
 
 _labelled: "weakref.WeakKeyDictionary[Family, WeakIdKeyDictionary]" = weakref.WeakKeyDictionary()  # ids as keys
@@ -108,11 +117,12 @@ class Call:
     Attributes:
         role (`Role`): what the called module is.
         owner (`nn.Module`, *optional*): that module; None once the call is over.
-        training (`bool`): whether it is in training mode.
+        training (`bool`): whether it is in training mode, and not within `generate`.
         arguments (`dict`): those of its arguments that are in `TELLING`.
         generation (`Generation` or `Requests`, *optional*): the call of `generate` that it is part of, or the requests
             that it serves.
         tokens (`int`, *optional*): how many tokens the module is given, None if it is given no text.
+        skips_prepare (`bool`): whether it has the cache of a running `generate`, but is not marked as its step.
         is_answering (`bool`): whether all of them come after the prompts.
     """
 
@@ -121,6 +131,7 @@ class Call:
     training: bool
     arguments: Mapping[str, Any]
     generation: Generation | Requests | None = None
+    skips_prepare: bool = False
     tokens: int | None = None
     is_answering: bool = False
     _window: tuple[int, int] | None = None
@@ -137,7 +148,7 @@ class Call:
         elif self.continues:
             past = tokens_before(self.arguments)
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
-        self.is_answering = self._are_answer(self.tokens)
+        self.is_answering = self._are_answer(self.tokens) and not self.skips_prepare
 
     def _are_answer(self, tokens: int | None) -> bool:
         """Whether so many tokens are known to come after the prompts, none of which need be looked for."""
@@ -150,11 +161,16 @@ class Call:
         """Whether a module that is called now is part of this call.
 
         An interrupt can leave the plan of a call behind that has ended, so it is not enough that the module lies
-        deeper in the same model, on the same sequence: it must be given no other ids. (Embeddings cannot tell.)
+        deeper in the same model, on the same sequence: it must be given no other ids. (Embeddings cannot tell. A step
+        of `generate` may give its ids on in another tensor, but as many.)
         """
         ids, own_ids = arguments.get("input_ids"), self.arguments.get("input_ids")
         is_within = role.family is self.role.family and role.depth > self.role.depth
-        return is_within and not role.apart and (ids is None or ids is own_ids)
+        if role.apart or not is_within or STEP in arguments:
+            return False
+        if ids is None or ids is own_ids:
+            return True
+        return STEP in self.arguments and own_ids is not None and ids.shape == own_ids.shape
 
     @property
     def continues(self) -> bool:
@@ -167,7 +183,7 @@ class Call:
 
     def told_to(self, role: Role) -> dict[str, Any]:
         """What is given to this call's model and tells of a module within it."""
-        told = ("labels", "prompt_lengths", "encoder_outputs") if role.kind == "decoder" else ()
+        told = (*PROMPT_ENDS, STEP) if role.kind == "decoder" else ()
         return {name: self.arguments[name] for name in told if name in self.arguments}
 
     def check_mixed(self, mixed_batch: MixedBatch, batch: int) -> None:
@@ -202,6 +218,8 @@ class Call:
         """
         if self.role.kind == "signal":
             return self._prompts_of_signal(positions, batch, tokens, device)
+        if self.skips_prepare:
+            raise ValueError(SKIPS_PREPARE)
         arguments, given = self.arguments, self.tokens
         keep = arguments.get("logits_to_keep")
         if given is not None and tokens < given and isinstance(keep, int) and tokens == keep:
@@ -227,11 +245,7 @@ class Call:
         lengths, past = arguments.get("prompt_lengths"), int(self._past or 0)
         valid = self._valid(arguments.get("attention_mask"), past, batch, tokens, device)
         sequences = sequence_ids(arguments, valid) if not past else None
-        labels = arguments.get("labels")
-        if not self.continues or labels is None or tuple(labels.shape) != (batch, tokens):
-            labels = None  # of another kind: classes or spans
-        elif self.role.kind == "decoder":  # whose labels lie at the token before the one that they are
-            labels = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED_LABEL)
+        labels = self._labels_of_tokens(batch, tokens)
         if lengths is not None:
             spans = given_lengths(valid, sequences, lengths)
         elif labels is not None:
@@ -249,6 +263,15 @@ class Call:
                 self._warn_of_guess(positions, tokens)
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
+
+    def _labels_of_tokens(self, batch: int, tokens: int) -> torch.Tensor | None:
+        """Return the labels that are next tokens, each at the token that it is. None where there are none."""
+        labels = self.arguments.get("labels")
+        if not self.continues or labels is None or tuple(labels.shape) != (batch, tokens):
+            return None  # of another kind: classes or spans
+        if self.role.kind == "decoder":  # whose labels lie at the token before the one that they are
+            return torch.nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED_LABEL)
+        return labels
 
     def see_mask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Look at the mask that an adapted module was given: only it counts tokens that were made of a signal."""

@@ -1,6 +1,6 @@
-"""A call of `generate`: the prompt that it was given, and how much of it has been processed."""
+"""A call of `generate`: the prompt that it was given, and the marks of the forwards that are its steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from .state import Family, PerThread
 
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
 STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
+
+STEP = "_reft_step"  # the keyword by which a forward is marked as a step of `generate`
+AFTER_PROMPT = "after the prompt"
+Step = tuple[int, int] | str  # first column and last + 1; a constant later, as torch.compile traces each column anew
 
 current = PerThread()  # the call of `generate` that runs
 _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call that filled it
@@ -78,15 +82,11 @@ class Generation:
         family (`Family`): the model that generates.
         model (`PreTrainedModel`, *optional*): the part of it whose `generate` was called.
         prompts (`int`, *optional*): how many prompts it was given.
-        input_ids (`torch.LongTensor` [batch, tokens], *optional*): the prompt, where it was given as ids; without a
-            cache, as the first forward was given it.
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
             first forward is given.
         seen (`int`): tokens that have been processed; at first those that the cache holds.
-        is_answering (`bool`): whether the whole prompt has been. (torch.compile would trace anew for every `seen`.)
-        is_cached (`bool`): whether forwards are given what follows a cache, rather than all tokens so far.
         is_draft (`bool`): whether the model drafts tokens for another, or for itself.
-        cache: the cache of the forwards, once they have one.
+        cache: the cache of its steps, once they have one.
         mixed_batch (`MixedBatch`, *optional*): the adapters of its prompts, where they differ.
         is_in_own_generate (`bool`): whether the call has come to `generate` of the model's class, which another that
             was put on the model may call.
@@ -95,11 +95,8 @@ class Generation:
     family: Family
     model: Any = None
     prompts: int | None = None
-    input_ids: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     seen: int = 0
-    is_answering: bool = False
-    is_cached: bool = True
     is_draft: bool = False
     cache: Any = None
     mixed_batch: MixedBatch | None = None
@@ -119,21 +116,10 @@ class Generation:
         """
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         configs = [kwargs, {} if given is None else vars(given), vars(model.generation_config)]
-        guidance = _option(configs, "guidance_scale")
-        if guidance is not None and guidance != 1:
-            raise ValueError(
-                f"guidance_scale={guidance}: classifier-free guidance runs the model on a second prompt in the same "
-                "call, which ReFT does not tell from the first. Generate without it, or with the adapter disabled."
-            )
         cache = find_cache(kwargs)
         kind = DecoderGeneration if model.config.is_encoder_decoder else cls
-        generation = kind(
-            family,
-            model,
-            seen=int(cached_tokens(cache) or 0),
-            is_cached=_option(configs, "use_cache") is not False,
-            is_draft=bool(_option(configs, "is_assistant")),
-        )
+        seen = int(cached_tokens(cache) or 0)
+        generation = kind(family, model, seen=seen, is_draft=bool(_option(configs, "is_assistant")))
         possible = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         inputs = next((given for given in possible if given is not None), None)
         rows = (inputs, *(kwargs.get(name) for name in ("inputs_embeds", "input_features", "pixel_values")))
@@ -141,12 +127,12 @@ class Generation:
         if isinstance(generation, DecoderGeneration):
             generation.chunk_size = _option(configs, "prefill_chunk_size")
             return generation
-        if inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0 and not inputs.is_floating_point():
-            generation.input_ids = inputs
         if generation.is_draft and cache in _drafts:
             generation.valid = _drafts[cache]  # what was generated since is no prompt
         else:
-            generation.valid = _valid_prompt(generation.input_ids, kwargs, configs)
+            are_ids = inputs is not None and inputs.dim() == 2 and inputs.shape[1] > 0
+            input_ids = inputs if are_ids and not inputs.is_floating_point() else None  # type: ignore[union-attr]
+            generation.valid = _valid_prompt(input_ids, kwargs, configs)
         columns = generation.seen + 1 if generation.valid is None else generation.valid.shape[1]
         if columns <= generation.seen and not generation.is_draft:
             raise ValueError(
@@ -156,62 +142,62 @@ class Generation:
             )
         return generation
 
-    def is_of(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a forward with these arguments goes on with this call's sequences, not with others of its own."""
-        if _is_no_step(arguments):
-            return False
-        cache = find_cache(arguments)
-        if self.cache is not None:
-            return cache is self.cache
-        if cache is None:
-            return self._is_begun_by(arguments.get("input_ids"))
-        self.cache = cache
-        if self.is_draft:
-            _drafts[cache] = self.valid
-        return True
+    def begin(self, cache: Any) -> None:
+        """Note the cache that `generate` has made for its steps, or was given."""
+        if self.cache is None:  # a second one is for a prompt that a model adds by itself (VibeVoice)
+            self.cache = cache
 
-    def _is_begun_by(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether ids that are given without a cache are those of this call, as far as they tell."""
-        if not self.seen:
-            self.input_ids = input_ids  # as the model is given them, which Musicgen's generate changes
-        own = self.input_ids
-        if own is None or input_ids is None:
-            return True
-        if self.is_cached and input_ids.shape[1] < own.shape[1]:
-            return True  # of a model that keeps its state elsewhere
-        return torch.equal(input_ids[:, : own.shape[1]], own)
+    def step(self, inputs: Mapping[str, Any]) -> Step | None:
+        """Return which step a forward with these inputs is, or None if it is none of this call's.
 
-    def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Where in the sequence the tokens of the next forward lie: first column and last + 1.
+        Columns decide, not whether a cache is empty, so a prompt that comes in chunks, or partly from a cache, is
+        edited at the same tokens as one that comes whole.
 
-        None if the whole prompt has been processed before. Columns decide, not whether a cache is empty, so a prompt
-        that comes in chunks, or partly from a cache, is edited at the same tokens as one that comes whole.
+        Args:
+            inputs (`Mapping`): what `prepare_inputs_for_generation` has prepared for the forward.
         """
-        tokens = given_tokens(arguments) or 0
-        if self.is_answering and tokens == 1:
+        tokens, cache = given_tokens(inputs), find_cache(inputs)
+        if self.cache is None:
+            self.cache = cache
+        if tokens is None or (cache is not None and cache is not self.cache):
             return None
         if self.valid is None:
             self.valid = torch.ones(1, tokens, dtype=torch.bool)
+        if self.is_draft and cache is not None:
+            _drafts[cache] = self.valid
         prompt = self.valid.shape[1]
         if tokens > prompt or not self.seen:
-            before = tokens_before(arguments)
+            before = tokens_before(inputs)
             if isinstance(before, int) and before == 0:
-                self._see(tokens)
                 return 0, tokens  # nothing is kept, if a cache was made or not: every step is given all tokens so far
-        if self.seen >= prompt:
-            return None  # and `seen` stays
-        start = self.seen
-        self._see(start + tokens)
-        return start, start + tokens
+        return AFTER_PROMPT if self.seen >= prompt else (self.seen, self.seen + tokens)
 
-    def _see(self, seen: int) -> None:
-        self.seen, self.is_answering = seen, self.valid is not None and seen >= self.valid.shape[1]
+    def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Take the step that a forward is marked as.
+
+        Returns:
+            Where in the sequence the forward's tokens are: first column and last + 1. None after the prompt.
+
+        Raises:
+            ValueError: if the forward is given another number of tokens.
+        """
+        step: Step = arguments[STEP]
+        if isinstance(step, str):
+            return None
+        start, end = step
+        if given_tokens(arguments) != end - start:
+            raise ValueError(
+                f"generate prepared {end - start} tokens, but the model was given {given_tokens(arguments)}: ReFT "
+                "cannot tell which of them are the prompt's."
+            )
+        self.seen = end
+        return step
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Prompts:
         """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""
         start, end = window
         valid = self.valid
-        assert valid is not None, "window comes before spans"
+        assert valid is not None, "step comes before spans"
         if batch % len(valid):
             raise ValueError(
                 f"generate was given {len(valid)} prompts, but the model {batch} rows: ReFT cannot tell whose they "
@@ -235,48 +221,78 @@ class DecoderGeneration(Generation):
     Attributes:
         begins_with (`int`, *optional*): how many tokens `generate` has just made the decoder begin with.
         chunk_size (`int`, *optional*): of a prompt that comes in chunks.
-        encoded: what the encoder put out for a decoder without a cache.
     """
 
     begins_with: int | None = None
     chunk_size: int | None = None
-    encoded: Any = None
 
-    def is_of(self, arguments: Mapping[str, Any]) -> bool:
-        if _is_no_step(arguments):
-            return False
-        # A call aside has the encoder run again, generate hands on what it has put out.
-        return self.valid is None or arguments.get("encoder_outputs") is not None
+    def begin(self, cache: Any) -> None:
+        """Have the next step begin a prompt, with this cache."""
+        self.cache, self.seen, self.valid = cache, int(cached_tokens(cache) or 0), None
 
-    def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-        self._begin(arguments)
-        return super().window(arguments)
+    def step(self, inputs: Mapping[str, Any]) -> Step | None:
+        if inputs.get("encoder_outputs") is None:
+            return None  # a call aside has the encoder run again, `generate` hands on what it has put out
+        given = {name: inputs.get(f"decoder_{name}") for name in ("input_ids", "inputs_embeds", "attention_mask")}
+        if self.valid is None:
+            self._begin_prompt(given)
+        return super().step({**inputs, **given})
 
-    def _begin(self, arguments: Mapping[str, Any]) -> None:
-        """Take the prompt from a forward that begins one.
+    def _begin_prompt(self, given: Mapping[str, Any]) -> None:
+        """Take the prompt from the first step of it.
 
         Raises:
             ValueError: if the prompt comes in chunks.
         """
-        cache, tokens = find_cache(arguments), given_tokens(arguments) or 0
-        cached = cached_tokens(cache)  # in a static cache that is in use a tensor, at which looking would wait
-        is_new = isinstance(cached, int) and cached == 0
-        if cache is None:
-            encoded, self.encoded = self.encoded, arguments.get("encoder_outputs")
-            is_new = tokens != self.seen + 1 or encoded is not self.encoded
-        self.cache = cache
-        if self.valid is not None and not is_new:
-            return
         if self.chunk_size is not None:
             raise ValueError(
                 f"prefill_chunk_size={self.chunk_size}: ReFT cannot tell where the prompt of a decoder ends that is "
                 "given in chunks. Generate without it."
             )
-        self.seen, self.is_answering = self.seen if self.valid is None and cache is not None else 0, False
+        tokens = given_tokens(given) or 0
         # Drafts may follow the prompt in the same forward.
         columns, self.begins_with = self.begins_with or self.seen + tokens, None
-        valid = valid_tokens(arguments.get("attention_mask"), self.seen, tokens, is_causal=True)
+        valid = valid_tokens(given.get("attention_mask"), self.seen, tokens, is_causal=True)
         self.valid = torch.ones(1, columns, dtype=torch.bool) if valid is None else valid[:, :columns]
+
+
+def mark_step(model: Any, prepare: Callable[..., Any], args: tuple, kwargs: dict[str, Any], is_own: bool) -> Any:
+    """Run `prepare_inputs_for_generation` of an adapted model, and mark the inputs with the step that they are for.
+
+    `generate` hands the inputs on to the next forward as they are. A forward without the mark is no step: a logits
+    processor has made it, or code that calls the model by itself.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        prepare: the method, which is given the model first.
+        args, kwargs: the other arguments.
+        is_own (`bool`): whether it is that of the model's class, not one that was put on the model.
+    """
+    kwargs.pop(STEP, None)
+    inputs = prepare(model, *args, **kwargs)
+    generation = current_generation()
+    if generation is not None and generation.model is model and "_reft_role" in vars(model):
+        step = generation.step(inputs)
+        if step is not None:
+            inputs[STEP] = step
+    return inputs
+
+
+def note_cache(model: Any, prepare: Callable[..., Any], args: tuple, kwargs: dict[str, Any], is_own: bool) -> Any:
+    """Run `_prepare_cache_for_generation` of an adapted model, which begins a prompt, and note the cache.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        prepare: the method, which is given the model first, and puts the cache among the model's arguments.
+        args, kwargs: the other arguments.
+        is_own (`bool`): whether it is that of the model's class, not one that was put on the model.
+    """
+    prepared = prepare(model, *args, **kwargs)
+    generation = current_generation()
+    arguments = kwargs.get("model_kwargs", args[1] if len(args) > 1 else None)
+    if generation is not None and generation.model is model and isinstance(arguments, dict):
+        generation.begin(find_cache(arguments))
+    return prepared
 
 
 def _valid_prompt(
@@ -305,11 +321,6 @@ def padding_id(configs: list[Mapping[str, Any]], others: tuple[str, ...] = ("eos
     pad = _option(configs, "pad_token_id")
     ids = [_option(configs, name) for name in others]
     return None if any(pad in (own if isinstance(own, list) else [own]) for own in ids) else pad
-
-
-def _is_no_step(arguments: Mapping[str, Any]) -> bool:
-    """Whether a forward is no step of a generation: it is given no text, or told where its prompts end."""
-    return given_tokens(arguments) is None or "prompt_lengths" in arguments or "labels" in arguments
 
 
 def _option(configs: list[Mapping[str, Any]], name: str) -> Any:
