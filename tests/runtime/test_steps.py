@@ -20,7 +20,6 @@ from peft_reft import ReftConfig
 from peft_reft.runtime.generate import STEP
 
 COLUMNS = {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]}  # of f2+l2 in the prompts of MASK
-WHOLE = {"prefix": [[0, 1]] * 2, "suffix": [[10, 11]] * 2}  # without a mask
 WAYS = [{}, dict(use_cache=False), dict(cache_implementation="static"), dict(prefill_chunk_size=5)]
 
 
@@ -103,9 +102,9 @@ def prepares_twice(model, input_ids, attention_mask=None, **inputs):
 
 @pytest.mark.parametrize("function", [tells, prepares_twice])
 def test_custom_generate(adapt, ids, function):
-    model, by_hand = adapt(positions="f2+l2")
+    model, by_hand = adapt(positions="l5")
     found = model.generate(ids, custom_generate=function, **GREEDY)
-    assert torch.equal(found, by_hand.generate(WHOLE, ids))
+    assert torch.equal(found, by_hand.generate({"unit": [[7, 8, 9, 10, 11]] * 2}, ids))
 
 
 def test_custom_generate_that_tells_nothing(adapt, ids):
