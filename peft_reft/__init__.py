@@ -11,7 +11,7 @@ from .model import ReftModel
 from .registration import register
 from .resume import last_whole_checkpoint
 from .runtime.lengths import prompt_lengths
-from .upstream.patch import complete_upstream
+from .upstream import patch_upstream
 
 __all__ = [
     "DataCollatorWithPromptLengths",
@@ -23,4 +23,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 register(ReftConfig, ReftModel)
-complete_upstream()
+patch_upstream()

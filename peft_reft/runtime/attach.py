@@ -368,7 +368,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
         module._reft_family = family
     for module in modules.values():
         if isinstance(module, GenerationMixin):
-            adapt_class(module, METHODS)  # type: ignore[arg-type]
+            adapt_class(module, METHODS)
             vars(module)["_reft_family"] = family
     for name in adapted:
         hook_checkpoints(modules, name)
