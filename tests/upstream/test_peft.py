@@ -10,7 +10,7 @@ from peft_reft import ReftConfig
 
 
 @pytest.mark.parametrize(("config", "is_reft"), [(ReftConfig, True), (LoraConfig, False)])
-def test_card_is_completed_before_the_upload(tmp_path, monkeypatch, config, is_reft):
+def test_card_is_written_before_the_upload(tmp_path, monkeypatch, config, is_reft):
     """Of ReFT adapters alone. There is no Hub here, so the upload itself fails after that."""
     model = get_peft_model(make_llama(), config(task_type="CAUSAL_LM"))
     folders = []
