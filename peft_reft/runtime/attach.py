@@ -24,6 +24,7 @@ from .block_outputs import edit_in_layout
 from .call import SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
 from .generate import Family, Generation, current_generation, find_cache
+from .generation_methods import run_generate_batch, run_init_continuous_batching, run_prepare_decoder_input_ids
 from .lengths import current_lengths
 
 PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
@@ -256,7 +257,13 @@ def run_generate(model: Any, generate: Callable[..., Any], args: tuple, kwargs: 
         generations.current.value, mixed_batches.current.value, plans.current.value = values
 
 
-METHODS = {"forward": run_forward, "generate": run_generate}
+METHODS = {
+    "forward": run_forward,
+    "generate": run_generate,
+    "init_continuous_batching": run_init_continuous_batching,
+    "generate_batch": run_generate_batch,
+    "_prepare_decoder_input_ids_for_generation": run_prepare_decoder_input_ids,
+}
 
 
 def mix(model: nn.Module, family: Family, names: Any) -> MixedBatch:

@@ -1,6 +1,5 @@
 """Patches of transformers' models."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,6 @@ from ..config import ReftConfig
 from ..layer import LAYER
 from ..registration import REFT
 from ..runtime.attach import CheckpointEdits
-from ..runtime.generation_methods import (
-    run_generate_batch,
-    run_init_continuous_batching,
-    run_prepare_decoder_input_ids,
-)
 from ..saving.compatibility import check_config
 from ..saving.state_dict import check_keys, misfit_error, needed_tensors
 from ..transaction import remember, transaction
@@ -97,24 +91,7 @@ def keys_of(file: str) -> list[str]:
     return list(load_state_dict(file, map_location="meta"))
 
 
-def as_replacement(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the replacement that runs a method as an adapted model's own does."""
-    return lambda method, model, *args, **kwargs: run(model, method, args, kwargs, True)
-
-
-of_generation = functools.partial(Patch, "transformers.generation.utils.GenerationMixin", issue=NOT_REPORTED)
 PATCHES = (
-    of_generation(
-        "init_continuous_batching",
-        as_replacement(run_init_continuous_batching),
-        why="requests of continuous batching share parts of the cache that an edit makes different",
-    ),
-    of_generation("generate_batch", as_replacement(run_generate_batch), why="generate_batch ignores adapter_names"),
-    of_generation(
-        "_prepare_decoder_input_ids_for_generation",
-        as_replacement(run_prepare_decoder_input_ids),
-        why="nothing else says what the decoder of an encoder-decoder model begins with",
-    ),
     Patch(
         MIXIN,
         "load_adapter",
