@@ -44,8 +44,8 @@ def patch_trainer() -> None:
 
 
 def patch_imported_trainer() -> None:
-    """Patch `Trainer` if the import of its module has not failed."""
-    if MODULE in sys.modules:
+    """Patch `Trainer` if its module has it: the import may have failed, or a finder may have made another spec."""
+    if hasattr(sys.modules.get(MODULE), "Trainer"):
         stop_watching(MODULE)
         patch_class(INIT)
 

@@ -1,12 +1,64 @@
 import copy
+import gc
 import json
+import pickle
+import weakref
 
 import pytest
 import torch
 from by_hand import make_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from peft_reft import ReftConfig
+
+
+def make_reft(base=None):
+    config = ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2", init_weights=False)
+    return get_peft_model(make_llama(1) if base is None else base, config)
+
+
+def make_lora():
+    return get_peft_model(make_llama(1), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
+def test_methods_of_one_model():
+    """A model with a ReFT adapter has methods of its own, in a class of the same name. Other models have none."""
+    model = make_reft()
+    assert isinstance(model, PeftModelForCausalLM) and type(model) is not PeftModelForCausalLM
+    assert type(model).__name__ == "PeftModelForCausalLM" and type(model).__module__ == PeftModelForCausalLM.__module__
+    assert type(model) is type(make_reft()) is type(copy.deepcopy(model)) is type(pickle.loads(pickle.dumps(model)))
+    assert type(make_lora()) is PeftModelForCausalLM
+    lora = make_lora()
+    above = make_reft(lora)
+    assert type(lora) is PeftModelForCausalLM and type(above) is type(model)
+    assert above.unload() is lora and type(model.unload()) is LlamaForCausalLM
+
+
+def test_copies_have_the_methods(tmp_path):
+    """And write the adapters of the base model of the copy, not of the model."""
+    model = make_reft(make_lora())
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for name, one in (("copied", copied), ("pickled", pickle.loads(pickle.dumps(copied)))):
+        one.save_pretrained(tmp_path / name)
+        saved = load_file(tmp_path / name / "lora-default" / "adapter_model.safetensors")
+        assert any(tensor.any() for tensor in saved.values())
+
+
+def test_model_is_freed():
+    """The class of its own makes no reference cycle with what is in the model."""
+    model = make_reft()
+    weight = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("config", "is_reft"), [(ReftConfig, True), (LoraConfig, False)])
