@@ -37,7 +37,7 @@ else:
     from .registration import register
     from .resume import last_whole_checkpoint
     from .runtime.lengths import prompt_lengths
-    from .upstream.patch import complete_upstream
+    from .upstream import patch_upstream
 
     register(ReftConfig, ReftModel)
-    complete_upstream()
+    patch_upstream()

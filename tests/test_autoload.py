@@ -35,7 +35,7 @@ class PeftAdapterMixin:
     def load_adapter(self, name):
         "Load an adapter."
         import peft
-        return [name, "not completed"]
+        return [name, "not patched"]
 """,
     "peft_reft/__init__.py": """
 from peft import METHODS
@@ -44,7 +44,7 @@ from transformers.trainer import Trainer
 
 METHODS.append("reft")
 method = PeftAdapterMixin.load_adapter
-PeftAdapterMixin.load_adapter = lambda self, name: method(self, name)[:1] + ["completed"]
+PeftAdapterMixin.load_adapter = lambda self, name: method(self, name)[:1] + ["patched"]
 """,
 }
 
@@ -151,7 +151,7 @@ print(peft.__file__.rpartition("/")[2], peft.METHODS)
     assert run(site, code) == ("elsewhere.py ['elsewhere', 'reft']", "")
 
 
-def test_first_call_of_load_adapter_is_completed(site):
+def test_first_call_of_load_adapter_is_patched(site):
     """peft_reft replaces the method, which imports PEFT when it is called: too late for that call."""
     code = """
 from transformers.integrations.peft import PeftAdapterMixin as Mixin
@@ -160,12 +160,12 @@ assert "peft" not in sys.modules and Mixin.load_adapter.__doc__ == "Load an adap
 model = Mixin()
 print(model.load_adapter("a"), model.load_adapter(name="b"))
 """
-    assert run(site, code) == ("['a', 'completed'] ['b', 'completed']", "")
-    assert run(site, code, PEFT_REFT_AUTOLOAD="0") == ("['a', 'not completed'] ['b', 'not completed']", "")
+    assert run(site, code) == ("['a', 'patched'] ['b', 'patched']", "")
+    assert run(site, code, PEFT_REFT_AUTOLOAD="0") == ("['a', 'not patched'] ['b', 'not patched']", "")
     order = "import torch, peft; " + code.replace(
         '"peft" not in sys.modules and Mixin.load_adapter.__doc__', "'Load an adapter.'"
     )
-    assert run(site, order) == ("['a', 'completed'] ['b', 'completed']", "")
+    assert run(site, order) == ("['a', 'patched'] ['b', 'patched']", "")
     (site / "peft" / "__init__.py").write_text("raise ImportError('no peft here')")
     code = code.partition("print")[0] + "try: model.load_adapter('a')\nexcept ImportError as error: print(error)"
     assert run(site, code) == ("no peft here", "")
@@ -227,3 +227,51 @@ except ZeroDivisionError:
     print(peft.METHODS)
 """
     assert run(site, code) == ("['reft']", "")
+
+
+WATCH = """
+import importlib.util, sys
+from importlib.machinery import ModuleSpec
+
+def load(name):  # the module of the package, and its copy in site-packages
+    spec = importlib.util.spec_from_file_location(name, "peft_reft_autoload.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+copies = [load("one"), load("two")]
+calls = []
+
+def watch():
+    for copy in copies:
+        def action(copy=copy):
+            if "watched" in sys.modules:
+                copy.stop_watching("watched")
+                calls.append((copy.__name__, hasattr(sys.modules["watched"], "LAST")))
+        copy.watch("watched", action)
+"""
+WATCHED = {
+    "before": "watch()\nimport watched",
+    "in the middle": "import watched",
+    "after": "import watched\nwatch()",
+    "before, failed": "watch()\ntry:\n    import watched, absent\nexcept ImportError:\n    import watched",
+}
+
+
+@pytest.mark.parametrize("order", WATCHED)
+def test_watch(site, order):
+    """An action comes when the module has all its names, whatever else watches it."""
+    middle = "import __main__\n__main__.watch()\n" if order == "in the middle" else ""
+    failed = "import sys\nif not hasattr(sys, 'again'):\n    sys.again = 1\n    import absent\n"
+    text = f"{middle}{failed if 'failed' in order else ''}import email\nLAST = 1\n"
+    (site / "watched.py").write_text(text)
+    code = f"{WATCH}\n{WATCHED[order]}\nprint(sorted(calls), type(sys.modules['watched'].__spec__) is ModuleSpec)"
+    code += "\nprint([finder for finder in sys.meta_path if type(finder).__name__ == 'Watcher'])"
+    assert run(site, code, PEFT_REFT_AUTOLOAD="0") == ("[('one', True), ('two', True)] True\n[]", "")
+
+
+def test_error_of_an_action(site):
+    (site / "watched.py").write_text("LAST = 1\n")
+    code = f"{WATCH}\ncopies[0].watch('watched', lambda: 1 / 0)\nimport watched, email\nprint(watched.LAST)"
+    output, errors = run(site, code, PEFT_REFT_AUTOLOAD="0")
+    assert output == "1" and "ZeroDivisionError" in errors

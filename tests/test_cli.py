@@ -1,10 +1,14 @@
 import runpy
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+from peft_reft.cli import convert, env
 from peft_reft.cli import main as cli
+from peft_reft.upstream import PATCHES
+from peft_reft.upstream.patch import NO_PATCHES
 
 
 @pytest.fixture
@@ -12,7 +16,7 @@ def calls(monkeypatch) -> dict[str, dict]:
     """The arguments of the functions that the commands call."""
     calls: dict[str, dict] = {}
     for name in ("convert_pyreft", "convert_adapters"):
-        monkeypatch.setattr(cli, name, lambda name=name, **options: calls.update({name: options}))
+        monkeypatch.setattr(convert, name, lambda name=name, **options: calls.update({name: options}))
     return calls
 
 
@@ -77,6 +81,26 @@ def test_errors_are_printed(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"peft-reft: error: {tmp_path} is no checkpoint of adapters: it has no adapter_config.json (found: nothing).\n"
     )
+
+
+def test_env(capsys, monkeypatch):
+    """The versions, and each patch with its reason and its issue."""
+    versions = {"trl": "1.2.3"}
+    monkeypatch.setattr(env, "version", lambda name: versions.get(name) or absent(name))
+    assert cli.main(["env"]) == 0
+    report = capsys.readouterr().out
+    for line in ("- peft_reft: 0.1.0", "- trl: 1.2.3", "- bitsandbytes: not installed", "- Python: 3.", "- CUDA: "):
+        assert f"{line}" in report
+    for patch in PATCHES:
+        assert f"- `{patch.target}`: {patch.why} ({patch.issue})" in report
+    monkeypatch.setenv(NO_PATCHES, "1")
+    assert cli.main(["env"]) == 0
+    report = capsys.readouterr().out
+    assert "PeftModel.load_adapter" not in report and report.count("- none (PEFT_REFT_NO_PATCHES=1 leaves them") == 2
+
+
+def absent(name):
+    raise PackageNotFoundError(name)
 
 
 def test_entry_point():

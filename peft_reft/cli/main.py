@@ -1,52 +1,19 @@
 """The command line: `peft-reft`, or `python -m peft_reft.cli`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from transformers.activations import ACT2FN
-
-from ..convert import convert_adapters, convert_pyreft
-from ..convert.save import TASKS
-from ..edits.variants import VARIANTS
+from . import convert, env
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line. Each command has a file."""
     parser = argparse.ArgumentParser(prog="peft-reft", description="ReFT as a PEFT method.")
     commands = parser.add_subparsers(dest="command", required=True)
-    convert = commands.add_parser("convert", help="turn a checkpoint of another library into a PEFT adapter")
-    peers = convert.add_subparsers(dest="peer", required=True)
-    pyreft = peers.add_parser("pyreft", help="of pyreft: config.json with its intkey_* files")
-    adapters = peers.add_parser("adapters", help="of adapters (AdapterHub): adapter_config.json with its weights")
-    for peer in (pyreft, adapters):
-        peer.add_argument("source", metavar="SRC", help="folder of the checkpoint, or its id on the Hub")
-        peer.add_argument("destination", metavar="DST", help="folder to write the PEFT adapter to, new or empty")
-        peer.add_argument("--base-model", required=True, help="folder or Hub id; only its config is read")
-        peer.add_argument(
-            "--task-type", choices=TASKS, help="PEFT's task type (default: that of the base model's own class)"
-        )
-        peer.add_argument("--num-labels", type=int, help="of a classifier (default: those of the base model's config)")
-        peer.add_argument(
-            "--no-head", dest="head", action="store_false", help="leave out a head that was trained with the edits"
-        )
-    pyreft.add_argument("--positions", help="required: the tokens that are edited, as f7+l7; pyreft saves none")
-    pyreft.add_argument(
-        "--share-weights",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="whether first and last tokens share their weights (default: no, if a module has two interventions)",
+    convert.add_arguments(
+        commands.add_parser("convert", help="turn a checkpoint of another library into a PEFT adapter")
     )
-    pyreft.add_argument(
-        "--first-unit",
-        choices=("prefix", "suffix"),
-        help="what the first of a module's two interventions edits (default: as pyreft's own locations have it)",
-    )
-    pyreft.add_argument(
-        "--act-fn", choices=sorted(ACT2FN), metavar="NAME", help="activation of the source; pyreft does not save it"
-    )
-    adapters.add_argument(
-        "--intervention", choices=VARIANTS, help="noreft or direft, for a projection that is not orthogonal"
-    )
+    commands.add_parser("env", help="print versions and the patches of other libraries, for a bug report")
     return parser
 
 
@@ -61,16 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     options = vars(parser.parse_args(arguments))
-    del options["command"]  # there is one
-    peer = options.pop("peer")
-    if peer == "pyreft" and options["positions"] is None:
-        parser.error(
-            "pyreft does not save positions: say which tokens the adapter was trained to edit, as --positions f7+l7"
-        )
-    try:
-        (convert_pyreft if peer == "pyreft" else convert_adapters)(**options)
-    except (OSError, ValueError) as error:
-        print(f"peft-reft: error: {error}", file=sys.stderr)
-        return 1
-    print(f"Wrote the PEFT adapter to {options['destination']}.")
-    return 0
+    if options.pop("command") == "convert":
+        return convert.run(parser, **options)
+    return env.run()

@@ -20,11 +20,11 @@ Run = Callable[[Any, Callable[..., Any], tuple, dict[str, Any], bool], Any]
 _put_on: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # function that runs another -> the other
 
 
-def adapt_class(module: nn.Module, runs: Mapping[str, Run]) -> None:
+def adapt_class(module: Any, runs: Mapping[str, Run]) -> None:
     """Change the class of a module to one whose methods are run by other functions; once.
 
     Args:
-        module (`nn.Module`): the module.
+        module (`nn.Module`): the module, or another object (a trainer).
         runs (`Mapping[str, Callable]`): the function that runs each method, by the method's name.
     """
     if hasattr(type(module), "_reft_base"):

@@ -24,6 +24,7 @@ from .block_outputs import edit_in_layout
 from .call import PROMPT_ENDS, SIGNAL, TELLING, Call, Role, reads_text
 from .continuous_batching import Requests
 from .generate import STEP, Generation, current_generation, find_cache, given_tokens, mark_step, note_cache
+from .generation_methods import run_generate_batch, run_init_continuous_batching, run_prepare_decoder_input_ids
 from .guidance import guide_by_prompts
 from .lengths import current_lengths
 from .state import Family
@@ -292,6 +293,9 @@ METHODS = {
     "prepare_inputs_for_generation": mark_step,
     "_prepare_cache_for_generation": note_cache,
     "_get_logits_processor": guide_by_prompts,
+    "init_continuous_batching": run_init_continuous_batching,
+    "generate_batch": run_generate_batch,
+    "_prepare_decoder_input_ids_for_generation": run_prepare_decoder_input_ids,
 }
 
 
@@ -404,7 +408,7 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
         module._reft_family = family
     for module in modules.values():
         if isinstance(module, GenerationMixin):
-            adapt_class(module, METHODS)  # type: ignore[arg-type]
+            adapt_class(module, METHODS)
             vars(module)["_reft_family"] = family
     for name in adapted:
         hook_checkpoints(modules, name)

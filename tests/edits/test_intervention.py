@@ -154,6 +154,12 @@ def test_gradients(variant, act_fn, masked):
     assert torch.autograd.gradcheck(edited, (hidden_states, *unit.parameters()))
 
 
+def test_others_can_switch_dropout_off():
+    """As TRL's trainers do with `disable_dropout`, which find it among the modules."""
+    unit = make("loreft", dropout=0.5)
+    assert [module.p for module in unit.modules() if isinstance(module, torch.nn.Dropout)] == [0.5]
+
+
 def test_dropout_is_on_the_edited_state():
     unit = make("loreft", dropout=0.5)
     hidden_states = torch.randn(1, 50, D)
