@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from .edits.variants import VARIANTS
 from .positions.language import Positions
 from .registration import REFT
-from .saving.card import describe_use
+from .saving.card import add_usage_section
 
 # Of what is saved: raised when an older version would read an adapter as another one.
 FORMAT = 1
@@ -277,7 +277,7 @@ class ReftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does; a model card that lies in the folder is told how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        describe_use(save_directory, self)
+        add_usage_section(save_directory, self)
 
 
 def find_activation(name: str | None) -> Callable[[torch.Tensor], torch.Tensor] | None:

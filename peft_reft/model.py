@@ -35,8 +35,9 @@ from .layer import (
 from .quantized import check_gradients_at_first, forget_check, keep_dtypes, keep_unpacked
 from .registration import REFT
 from .runtime import adapter_names as mixed_batches
-from .runtime.attach import family_of, hook_model, hook_module, mix, unhook_model
+from .runtime.attach import family_of, hook_model, hook_module, unhook_model
 from .runtime.block_outputs import architecture_of
+from .runtime.mixing import mix
 from .saving.state_dict import (
     PEFT_PREFIX,
     Key,

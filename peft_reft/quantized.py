@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from .edits.intervention import Intervention
 
-STEP, WRONG = 0.1, 0.5  # of a probe's input, which is of size 1; the error of its gradient that is one by mistake
+PROBE_STEP = 0.1  # of a probe's input, which is of size 1
+MAX_SLOPE_ERROR = 0.5  # of a gradient, compared with the change of the output
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -71,7 +72,7 @@ def check_gradients(model: nn.Module, args: tuple) -> None:
     forget_check(model)
     for name, module in linear_layers(model):
         passed = passed_gradient(module)
-        if abs(passed - 1) > WRONG:
+        if abs(passed - 1) > MAX_SLOPE_ERROR:
             raise ValueError(
                 f"{name} and layers like it are quantized so that they pass {'a wrong' if passed else 'no'} gradient "
                 "to what is before them: their kernels are for inference. Training would go on, on what passes around "
@@ -119,10 +120,10 @@ def passed_gradient(module: nn.Module) -> float:
     given = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tensors[0].device, dtype)
     x, direction = given
     with torch.no_grad():
-        change = module(x + STEP * direction) - module(x - STEP * direction)
+        change = module(x + PROBE_STEP * direction) - module(x - PROBE_STEP * direction)
     with torch.enable_grad():
         output = module(x.requires_grad_())
     if not output.requires_grad:
         return 0.0
     (gradient,) = torch.autograd.grad(output, x, change)
-    return (2 * STEP * (gradient * direction).float().sum() / change.float().square().sum()).item()
+    return (2 * PROBE_STEP * (gradient * direction).float().sum() / change.float().square().sum()).item()

@@ -70,7 +70,7 @@ class Positions:
         """Return the names of the units that edit these positions: one each for prefix and suffix, or one for all."""
         return ("prefix", "suffix") if self.prefix and self.suffix and not share_weights else ("unit",)
 
-    def most(self, unit: str, spans: Prompts) -> int | None:
+    def max_tokens(self, unit: str, spans: Prompts) -> int | None:
         """Return the largest number of a row's tokens that a unit edits. None if only values bound it."""
         if self.span:
             return 0 if unit == "prefix" else None
@@ -132,8 +132,8 @@ class PerRowPositions:
         needs_end, prefix = self._by_row("needs", flags, batch, device).unbind(-1)
         return needs_end, prefix
 
-    def most(self, unit: str, spans: Prompts) -> int | None:
-        bounds = [choice.most(unit, spans) for choice in self.choices if choice]
+    def max_tokens(self, unit: str, spans: Prompts) -> int | None:
+        bounds = [choice.max_tokens(unit, spans) for choice in self.choices if choice]
         return None if None in bounds else max([0, *(bound for bound in bounds if bound is not None)])
 
     def select(self, spans: Prompts, units: tuple[str, ...]) -> dict[str, torch.Tensor]:

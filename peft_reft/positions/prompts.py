@@ -52,7 +52,7 @@ class Prompts:
     one_sequence: bool = False
 
 
-def check(condition: torch.Tensor, message: str) -> None:
+def assert_without_sync(condition: torch.Tensor, message: str) -> None:
     """Raise a ValueError unless a condition on values holds, without waiting for the device.
 
     Args:
@@ -219,13 +219,13 @@ def given_lengths(valid: torch.Tensor, sequences: torch.Tensor | None, lengths: 
         )
     lengths = lengths.to(valid.device).long().unsqueeze(1)
     tokens = valid.sum(1, keepdim=True)
-    check(
+    assert_without_sync(
         ((lengths >= 0) & (lengths <= tokens)).all(),
         f"prompt_lengths {_values(lengths)} must lie between 0 and the number of tokens in the row, padding not "
         f"counted: {_values(tokens)}.",
     )
     if sequences is not None:
-        check(
+        assert_without_sync(
             (sequences.masked_fill(~valid, 0).amax(1) <= sequences.masked_fill(~valid, valid.shape[1]).amin(1)).all(),
             "prompt_lengths gives one length a row, but rows hold several sequences: pass labels instead, with -100 "
             "on the prompts, or one sequence a row.",
@@ -269,7 +269,7 @@ def before_labels(
     if positions.needs_end:
         begins = answer & (rank == 0)  # with an answer: a row cut out of a longer text, or text without a prompt
         needs_end, prefix = positions.needs(len(valid), valid.device)
-        check(
+        assert_without_sync(
             ~(needs_end & torch.where(prefix, begins, ~ended & answered & valid)).any(),
             f"positions='{positions.text}' need a prompt to end before the answer, but a sequence has labels from its "
             "first token on. Give labels of -100 to the prompt (TRL: prompt-completion data with "

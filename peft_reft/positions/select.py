@@ -53,19 +53,19 @@ def mark(
     return {"prefix": first, "suffix": last} if len(units) == 2 else {"unit": first | last}
 
 
-def to_rows(masks: dict[str, torch.Tensor], most: dict[str, int | None]) -> list[Selection]:
+def to_rows(masks: dict[str, torch.Tensor], max_tokens: dict[str, int | None]) -> list[Selection]:
     """Turn masks into the rows to gather.
 
     Args:
         masks (`dict[str, torch.BoolTensor [batch, tokens]]`): the tokens that each unit edits, none twice.
-        most (`dict[str, int | None]`): bounds on the number of them in a row, known without looking at values.
+        max_tokens (`dict[str, int | None]`): bounds on the number of them in a row, known without looking at values.
     """
     tokens = next(iter(masks.values())).shape[1]
-    bounds = {unit: bound for unit, bound in most.items() if bound}
+    bounds = {unit: bound for unit, bound in max_tokens.items() if bound}
     n, bounded = max([0, *bounds.values()]), tuple(bounds)
     if n * len(bounded) >= tokens:
         bounded = ()
-    whole = [unit for unit in masks if most[unit] != 0 and unit not in bounded]
+    whole = [unit for unit in masks if max_tokens[unit] != 0 and unit not in bounded]
     rows = []
     if bounded:
         # Each unit's tokens first, then those of no unit: columns stay distinct, so the put-back writes none twice.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..edits.per_row import PerRowUnits
 from ..layer import ReftLayer
 from ..positions.language import PerRowPositions
-from .state import Family, PerThread
+from .state import ModelToken, PerThread
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -20,12 +20,12 @@ class MixedBatch:
     """A batch with an adapter for each row.
 
     Attributes:
-        family (`Family`): the model that the batch is for.
+        family (`ModelToken`): the model that the batch is for.
         names (`tuple[str, ...]`): the adapter of each row, `"__base__"` for none. In `generate`, where a prompt may
             become several rows (beams, returned sequences), one for each prompt.
     """
 
-    family: Family
+    family: ModelToken
     names: tuple[str, ...]
     _edits: dict[ReftLayer, tuple[PerRowPositions, dict[str, PerRowUnits]]] = field(default_factory=dict)
 

@@ -1,12 +1,17 @@
-"""How blocks lay out their hidden states, where it is not [batch, tokens, d].
+"""What blocks return, unpacked, edited and repacked.
 
-What a shape means cannot be read off it (a batch may have as many rows as tokens), so the families are named.
+What a shape means cannot be read off it (a batch may have as many rows as tokens), so the families with layouts other
+than [batch, tokens, d] are named.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+
+from ..layer import ReftLayer, layer_of
+from .plan import Plan
 
 # By the name of the folder in transformers.models.
 TOKENS_FIRST = ("fsmt", "xlnet")  # [tokens, batch, d]
@@ -68,3 +73,38 @@ def edit_in_layout(
         if architecture in MORE_BEFORE:
             return torch.cat([hidden_states[:, :-tokens], edit(hidden_states[:, -tokens:])], dim=1)
     return edit(hidden_states)
+
+
+def edited_output(module: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """The output of an adapted module, edited."""
+    layer: ReftLayer = layer_of(module)  # type: ignore[assignment]
+    hidden_states = output[0] if isinstance(output, tuple | list) and output else output
+    is_signal = plan.call.role.kind == "media"
+    if is_signal:
+        plan.call.record_block_mask(module, args, kwargs)
+    edited = None
+    if isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested:
+        how = (layer.architecture, hidden_states, layer.d, plan.call.tokens)
+        edited = edit_in_layout(*how, edit=lambda h: layer(h, plan), in_one_row=is_signal)
+    if edited is None:
+        raise not_hidden_states_error(module, hidden_states, layer.d)
+    return edited if output is hidden_states else replace_first(output, edited)
+
+
+def not_hidden_states_error(module: nn.Module, output: Any, d: int) -> ValueError:
+    """The error for what a module put out in place of hidden states."""
+    given = str(type(output))
+    if isinstance(output, torch.Tensor):
+        given = f"of shape {list(output.shape)}" if not output.is_nested else "a nested tensor"
+    return ValueError(
+        f"A module with a ReFT adapter ({type(module).__name__}) put out {given}, not hidden states [batch, tokens, "
+        f"{d}]: name modules in target_modules that put out hidden states. (Nested tensors come from "
+        "torch.nn.TransformerEncoder with enable_nested_tensor=True.)"
+    )
+
+
+def replace_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
+    """The same outputs, of the same type, with another first one."""
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: first})  # type: ignore[union-attr]
+    return type(output)((first, *output[1:]))

@@ -15,22 +15,23 @@ from ..positions.language import AnyPositions
 from ..positions.prompts import (
     IGNORED_LABEL,
     Prompts,
+    assert_without_sync,
     before_labels,
-    check,
     given_lengths,
     sequence_ids,
     valid_tokens,
     whole_sequences,
     without_padding,
 )
+from . import messages
 from .adapter_names import MixedBatch
 from .continuous_batching import Requests
 from .generate import (
     CACHES,
-    STATES,
+    RECURRENT_STATES,
     STEP,
-    Family,
     Generation,
+    ModelToken,
     find_cache,
     given_shape,
     given_tokens,
@@ -38,13 +39,13 @@ from .generate import (
     tokens_before,
 )
 
-SIGNAL = "signal"  # what a model of images or sound is given, whatever its forward calls it
+MEDIA_INPUT = "media"  # what a model of images or sound is given, whatever its forward calls it
 SIGNAL_MASKS = ("attention_mask", "patch_attention_mask", "pixel_attention_mask")
 
 PROMPT_ENDS = ("labels", "prompt_lengths")  # arguments that say where prompts end
 
 # The arguments of a model's forward that tell where prompts are.
-TELLING = (
+PROMPT_ARGUMENTS = (
     STEP,
     "input_ids",
     "inputs_embeds",
@@ -52,57 +53,49 @@ TELLING = (
     "cu_seq_lens_q",
     "labels",
     "prompt_lengths",
-    SIGNAL,
+    MEDIA_INPUT,
     *SIGNAL_MASKS,
     "logits_to_keep",
     *CACHES,
-    *STATES,
+    *RECURRENT_STATES,
 )
 
-SKIPS_PREPARE = (
-    "The model was called within `generate` with the call's own cache, but not with what "
-    "`prepare_inputs_for_generation` returns, so ReFT cannot tell which step this is. In code for custom_generate, "
-    "call the model as transformers does: model(**model.prepare_inputs_for_generation(input_ids, **model_kwargs)). Or "
-    "pass `prompt_lengths`, or use a cache of your own."
-)
-USE_COLLATOR = "trainer.data_collator = peft_reft.DataCollatorWithPromptLengths(trainer.data_collator)"
-
-_labelled: "weakref.WeakKeyDictionary[Family, WeakIdKeyDictionary]" = weakref.WeakKeyDictionary()  # ids as keys
-_warned: "weakref.WeakSet[Family]" = weakref.WeakSet()  # of a whole input that was taken for the prompt
+_labelled: "weakref.WeakKeyDictionary[ModelToken, WeakIdKeyDictionary]" = weakref.WeakKeyDictionary()  # ids as keys
+_warned: "weakref.WeakSet[ModelToken]" = weakref.WeakSet()  # of a whole input that was taken for the prompt
 
 
-def note_labels(family: Family, input_ids: Any) -> None:
+def note_labels(family: ModelToken, input_ids: Any) -> None:
     """Keep in mind, for as long as they live, that ids came with labels, which say where their prompts end."""
     if isinstance(input_ids, torch.Tensor) and not torch.compiler.is_compiling():
         _labelled.setdefault(family, WeakIdKeyDictionary())[input_ids] = True
 
 
-def had_labels(family: Family, input_ids: Any) -> bool:
+def had_labels(family: ModelToken, input_ids: Any) -> bool:
     """Whether these very ids came with labels before."""
     is_known = isinstance(input_ids, torch.Tensor) and not torch.compiler.is_compiling()
     return is_known and input_ids in _labelled.get(family, ())
 
 
 @dataclass(frozen=True)
-class Role:
+class ModuleRole:
     """What a module that is called is to its model.
 
     Attributes:
-        family (`Family`): the model that it belongs to.
-        kind (`str`): `"causal"` for a model that continues its prompt; `"whole"` for one whose whole input is the
-            prompt (encoders, classifiers); `"signal"` for such a model of images or sound, which makes its tokens
+        family (`ModelToken`): the model that it belongs to.
+        kind (`str`): `"causal"` for a model that continues its prompt; `"full_input"` for one whose whole input is the
+            prompt (encoders, classifiers); `"media"` for such a model of images or sound, which makes its tokens
             itself; `"decoder"` for the decoder of an encoder-decoder model.
         depth (`int`): how deep in the model it lies.
         argument_names (`tuple[str, ...]`): names of the positional arguments of the forward, in order.
-        apart (`bool`): whether its tokens are not those of the model around it (an encoder and a decoder, a vision
-            tower), so that its calls have plans of their own.
+        has_own_tokens (`bool`): whether its tokens are not those of the model around it (an encoder and a decoder,
+            a vision tower), so that its calls have plans of their own.
     """
 
-    family: Family
+    family: ModelToken
     kind: str
     depth: int
     argument_names: tuple[str, ...]
-    apart: bool = False
+    has_own_tokens: bool = False
 
 
 def reads_text(module: nn.Module) -> bool:
@@ -115,10 +108,10 @@ class Call:
     """One call of a model.
 
     Attributes:
-        role (`Role`): what the called module is.
+        role (`ModuleRole`): what the called module is.
         owner (`nn.Module`, *optional*): that module; None once the call is over.
         training (`bool`): whether it is in training mode, and not within `generate`.
-        arguments (`dict`): those of its arguments that are in `TELLING`.
+        arguments (`dict`): those of its arguments that are in `PROMPT_ARGUMENTS`.
         generation (`Generation` or `Requests`, *optional*): the call of `generate` that it is part of, or the requests
             that it serves.
         tokens (`int`, *optional*): how many tokens the module is given, None if it is given no text.
@@ -126,7 +119,7 @@ class Call:
         is_answering (`bool`): whether all of them come after the prompts.
     """
 
-    role: Role
+    role: ModuleRole
     owner: nn.Module | None
     training: bool
     arguments: Mapping[str, Any]
@@ -148,16 +141,16 @@ class Call:
         elif self.continues:
             past = tokens_before(self.arguments)
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
-        self.is_answering = self._are_answer(self.tokens) and not self.skips_prepare
+        self.is_answering = self._is_past_prompt(self.tokens) and not self.skips_prepare
 
-    def _are_answer(self, tokens: int | None) -> bool:
+    def _is_past_prompt(self, tokens: int | None) -> bool:
         """Whether so many tokens are known to come after the prompts, none of which need be looked for."""
         if self.generation is not None:
             return self._window is None
         begins = isinstance(self._past, int) and self._past == 0
         return self.continues and tokens == 1 and not begins and "prompt_lengths" not in self.arguments
 
-    def contains(self, role: Role, arguments: Mapping[str, Any]) -> bool:
+    def contains(self, role: ModuleRole, arguments: Mapping[str, Any]) -> bool:
         """Whether a module that is called now is part of this call.
 
         An interrupt can leave the plan of a call behind that has ended, so it is not enough that the module lies
@@ -166,7 +159,7 @@ class Call:
         """
         ids, own_ids = arguments.get("input_ids"), self.arguments.get("input_ids")
         is_within = role.family is self.role.family and role.depth > self.role.depth
-        if role.apart or not is_within or STEP in arguments:
+        if role.has_own_tokens or not is_within or STEP in arguments:
             return False
         if ids is None or ids is own_ids:
             return True
@@ -177,11 +170,11 @@ class Call:
         """Whether the model goes on with its prompt."""
         return self.role.kind in ("causal", "decoder")
 
-    def is_around(self, role: Role) -> bool:
+    def is_around(self, role: ModuleRole) -> bool:
         """Whether a module that is called now has tokens of its own within this call's model."""
-        return role.apart and not self.role.apart and role.depth > self.role.depth
+        return role.has_own_tokens and not self.role.has_own_tokens and role.depth > self.role.depth
 
-    def told_to(self, role: Role) -> dict[str, Any]:
+    def arguments_for(self, role: ModuleRole) -> dict[str, Any]:
         """What is given to this call's model and tells of a module within it."""
         told = (*PROMPT_ENDS, STEP) if role.kind == "decoder" else ()
         return {name: self.arguments[name] for name in told if name in self.arguments}
@@ -189,7 +182,9 @@ class Call:
     def check_mixed(self, mixed_batch: MixedBatch, batch: int) -> None:
         """Raise a ValueError unless it is known which rows of the call belong to which adapter."""
         config = getattr(self.owner, "config", None)
-        is_tower = self.role.kind == "signal" and self.role.apart and not getattr(config, "is_encoder_decoder", False)
+        is_tower = (
+            self.role.kind == "media" and self.role.has_own_tokens and not getattr(config, "is_encoder_decoder", False)
+        )
         if is_tower and len(set(mixed_batch.names)) > 1:
             raise ValueError(
                 f"adapter_names={list(mixed_batch.names)}: {type(self.owner).__name__} is given images or sounds, and "
@@ -216,10 +211,10 @@ class Call:
         Raises:
             ValueError: if the arguments do not tell where prompts end, or contradict themselves.
         """
-        if self.role.kind == "signal":
+        if self.role.kind == "media":
             return self._prompts_of_signal(positions, batch, tokens, device)
         if self.skips_prepare:
-            raise ValueError(SKIPS_PREPARE)
+            raise ValueError(messages.SKIPS_PREPARE)
         arguments, given = self.arguments, self.tokens
         keep = arguments.get("logits_to_keep")
         if given is not None and tokens < given and isinstance(keep, int) and tokens == keep:
@@ -237,7 +232,7 @@ class Call:
                 f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "
                 "states of the model's tokens: name others in target_modules."
             )
-        if self._are_answer(tokens):
+        if self._is_past_prompt(tokens):
             return None
         if self.generation is not None:
             assert self._window is not None
@@ -257,9 +252,9 @@ class Call:
         else:
             if positions.needs_end and self.continues:
                 if self.training:
-                    raise ValueError(self._no_end(positions))
+                    raise ValueError(messages.no_end(positions.text, self.role.kind == "decoder"))
                 if had_labels(self.role.family, arguments.get("input_ids")):
-                    raise ValueError(self._labels_withheld(positions))
+                    raise ValueError(messages.labels_withheld(positions.text))
                 self._warn_of_guess(positions, tokens)
             spans = whole_sequences(valid, sequences)
         return _after(spans, past)
@@ -273,7 +268,7 @@ class Call:
             return torch.nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED_LABEL)
         return labels
 
-    def see_mask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def record_block_mask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Look at the mask that an adapted module was given: only it counts tokens that were made of a signal."""
         if self._block_mask is None:
             names = tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -283,7 +278,7 @@ class Call:
 
     def _prompts_of_signal(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts:
         """All that a model of images or sound makes of its input is its prompt."""
-        signal = self.arguments.get(SIGNAL)
+        signal = self.arguments.get(MEDIA_INPUT)
         if (positions.prefix or positions.suffix) and signal is not None and len(signal) != batch:
             raise ValueError(
                 f"positions='{positions.text}': {type(self.owner).__name__} lays its input {list(signal.shape)} into "
@@ -296,7 +291,7 @@ class Call:
             given = [self.arguments[name] for name in SIGNAL_MASKS if name in self.arguments]
             mask = given[0].flatten(1) if given else None
             if mask is not None and tuple(mask.shape) != (batch, tokens):
-                check(
+                assert_without_sync(
                     (mask != 0).all(),
                     f"The mask {list(given[0].shape)} does not count the {tokens} tokens that are made of the input, "
                     "so ReFT cannot tell which are padding: adapt blocks, which are given a mask of their own.",
@@ -319,52 +314,21 @@ class Call:
         None where it names none, or one that rows can begin or end with; a decoder may begin with its padding token.
         """
         ids, config = self.arguments.get("input_ids"), getattr(self.owner, "config", None)
-        if self.role.kind not in ("causal", "whole") or ids is None or tuple(ids.shape) != (batch, tokens):
+        if self.role.kind not in ("causal", "full_input") or ids is None or tuple(ids.shape) != (batch, tokens):
             return None
         sources = (getattr(self.owner, "generation_config", None), config, getattr(config, "text_config", None))
         names = ("pad_token_id", "eos_token_id", "bos_token_id")
         pad = padding_id([{name: getattr(source, name, None) for name in names} for source in sources], names[1:])
         return None if pad is None else without_padding(ids, pad)
 
-    def _no_end(self, positions: AnyPositions) -> str:
-        message = f"In training, positions='{positions.text}' need to know where each prompt ends, and nothing tells. "
-        if self.role.kind == "decoder":
-            return message + (
-                "Pass `labels` to the encoder-decoder model's forward, or `prompt_lengths`, a LongTensor [batch] with "
-                "the number of tokens in `decoder_input_ids` that come before each answer (1 for the start token "
-                "alone). Or choose 'f<n>' or 'all', or edit the encoder."
-            )
-        return message + (
-            "Pass `labels` to the model's forward, with -100 on the prompt, or `prompt_lengths`, a LongTensor [batch] "
-            "with the number of tokens in each prompt, padding not counted. With a trainer that keeps the labels for "
-            "a loss of its own (compute_loss_func, label smoothing), have the data collator add the lengths: "
-            f"{USE_COLLATOR}. Without training (model.eval()) the whole input is taken for the prompt."
-        )
-
-    def _labels_withheld(self, positions: AnyPositions) -> str:
-        return (
-            "The input_ids came with labels, and the model is given them without, but "
-            f"positions='{positions.text}' need to know where each prompt ends: without labels the answers would be "
-            "taken for a part of it. Read the logits off the call with labels, or pass `prompt_lengths` to both. With "
-            "a trainer that keeps the labels (label smoothing, compute_loss_func, compute_metrics), have the data "
-            f"collator add the lengths: {USE_COLLATOR}."
-        )
-
     def _warn_of_guess(self, positions: AnyPositions, tokens: int) -> None:
         """Warn, once for each model, that a whole input is taken for the prompt, which may hold an answer."""
         if torch.compiler.is_compiling() or tokens == 1 or self.role.family in _warned:
             return
-        if find_cache(self.arguments) is not None or any(name in self.arguments for name in STATES):
+        if find_cache(self.arguments) is not None or any(name in self.arguments for name in RECURRENT_STATES):
             return
         _warned.add(self.role.family)
-        warnings.warn(
-            f"The model was called in eval mode with several tokens, without labels and prompt_lengths. positions="
-            f"'{positions.text}' take the whole input for the prompt, which is wrong if it holds an answer (to score "
-            "it, or where each token is decoded by a call over all tokens). Pass `prompt_lengths`, a LongTensor "
-            "[batch] with the number of tokens in each prompt, padding not counted, or call what you cannot change "
-            "within `with peft_reft.prompt_lengths(model, lengths):`. Once for each model.",
-            stacklevel=2,
-        )
+        warnings.warn(messages.whole_input(positions.text), stacklevel=2)
 
 
 def _after(spans: Prompts, past: int) -> Prompts:

@@ -9,10 +9,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..positions.prompts import Prompts, valid_tokens, whole_sequences
 from .adapter_names import MixedBatch
-from .state import Family, PerThread
+from .state import ModelToken, PerThread
 
 CACHES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, now and before, and in Mamba
-STATES = ("state", "mems")  # what RWKV and XLNet carry on in its place, which does not tell how much it has seen
+RECURRENT_STATES = ("state", "mems")  # of RWKV and XLNet, in place of a cache: their length is not known
 
 STEP = "_reft_step"  # the keyword by which a forward is marked as a step of `generate`
 AFTER_PROMPT = "after the prompt"
@@ -55,7 +55,7 @@ def cached_tokens(cache: Any) -> int | torch.Tensor | None:
 
 def tokens_before(arguments: Mapping[str, Any]) -> int | torch.Tensor | None:
     """How many tokens a forward goes on from; None if its cache or its state does not tell."""
-    if any(arguments.get(name) is not None for name in STATES):
+    if any(arguments.get(name) is not None for name in RECURRENT_STATES):
         return None
     return cached_tokens(find_cache(arguments))
 
@@ -79,7 +79,7 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
-        family (`Family`): the model that generates.
+        family (`ModelToken`): the model that generates.
         model (`PreTrainedModel`, *optional*): the part of it whose `generate` was called.
         prompts (`int`, *optional*): how many prompts it was given.
         valid (`torch.BoolTensor` [batch, tokens], *optional*): the whole prompt, False on padding. None for what the
@@ -92,7 +92,7 @@ class Generation:
             was put on the model may call.
     """
 
-    family: Family
+    family: ModelToken
     model: Any = None
     prompts: int | None = None
     valid: torch.Tensor | None = None
@@ -103,12 +103,12 @@ class Generation:
     is_in_own_generate: bool = True
 
     @classmethod
-    def of(cls, model: Any, family: Family, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":
+    def of(cls, model: Any, family: ModelToken, args: tuple, kwargs: Mapping[str, Any]) -> "Generation":
         """Read the arguments of a call of `model.generate`.
 
         Args:
             model (`PreTrainedModel`): the model that generates.
-            family (`Family`): stands for it.
+            family (`ModelToken`): stands for it.
             args, kwargs: the arguments of `generate`.
 
         Raises:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layer import base_modules
 from .generate import current_generation
-from .state import Family, PerThread
+from .state import ModelToken, PerThread
 
 _current = PerThread()  # the families, the lengths and the call of `generate` around the innermost block, and so on
 
@@ -51,7 +51,7 @@ def prompt_lengths(model: nn.Module, lengths: torch.Tensor) -> Iterator[None]:
         _current.value = outer
 
 
-def current_lengths(family: Family) -> torch.Tensor | None:
+def current_lengths(family: ModelToken) -> torch.Tensor | None:
     """The prompt lengths that this thread was told for a model; None within a `generate` that began since."""
     block = _current.value
     while block is not None:

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..edits.apply import Unit
 from ..layer import ReftLayer
@@ -19,13 +18,12 @@ from ..positions.language import AnyPositions, Positions
 from ..positions.select import Selection, to_rows
 from .adapter_names import MixedBatch
 from .call import Call
-from .state import Family, PerThread
+from .state import ModelToken, PerThread
 
 EVERYWHERE = Positions.parse("all")
 
 current = PerThread()  # the plan of the call that runs; None between calls
-_remembered = WeakIdKeyDictionary()  # tensor -> Plan of a call that has ended, or None where calls share the tensor
-_looked_at: "weakref.WeakSet[Family]" = weakref.WeakSet()  # models with no more to warn of
+_looked_at: "weakref.WeakSet[ModelToken]" = weakref.WeakSet()  # models with no more to warn of
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Plan:
     _rows: dict[Any, list[tuple[int, int, list[Selection]]]] = field(default_factory=dict)
 
     @cached_property
-    def kept(self) -> "Plan":
+    def for_recompute(self) -> "Plan":
         """The plan without what only its call needs; what was found in the call stays."""
         return replace(self, call=self.call.ended(), outer=None, checkpointed=None)
 
@@ -115,10 +113,10 @@ class Plan:
         masks = positions.select(spans, units)
         if self.call.training:
             warn_if_empty(masks.values(), positions, self.call.role.family)
-        return to_rows(masks, {unit: positions.most(unit, spans) for unit in masks})
+        return to_rows(masks, {unit: positions.max_tokens(unit, spans) for unit in masks})
 
 
-def warn_if_empty(masks: Iterable[torch.Tensor], positions: AnyPositions, family: Family) -> None:
+def warn_if_empty(masks: Iterable[torch.Tensor], positions: AnyPositions, family: ModelToken) -> None:
     """Warn, once for each model, of a training batch no token of which is edited: it trains nothing.
 
     Elsewhere than on a CPU to look at values would make the device wait, so there the first batch alone is looked at.
@@ -151,28 +149,3 @@ def is_edited(layer: ReftLayer, plan: Plan | None) -> bool:
 def current_plan() -> "Plan | None":
     """The plan of the call that runs in this thread."""
     return current.value
-
-
-def tensors_among(args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors among the arguments of a module, and in tuples among them."""
-    found = []
-    for value in (*args, *kwargs.values()):
-        found += [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, torch.Tensor)]
-    return found
-
-
-def remember(plan: "Plan | None", tensors: list[torch.Tensor]) -> None:
-    """Keep a plan for as long as tensors live that were given to a module in its call."""
-    for tensor in tensors:
-        if plan is not None and _remembered.setdefault(tensor, plan.kept) is not plan.kept:
-            _remembered[tensor] = None
-
-
-def recall(tensors: list[torch.Tensor]) -> "Plan | None":
-    """The plan of the call in which a module was given these very tensors; None unless it is certain.
-
-    Activation checkpointing runs modules a second time in the backward pass, when their call is over and others may
-    have followed, but with the same masks and position embeddings.
-    """
-    plans = [plan for plan in map(_remembered.get, tensors) if plan is not None]
-    return plans[0] if plans and all(plan is plans[0] for plan in plans) else None

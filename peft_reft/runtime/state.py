@@ -15,5 +15,5 @@ class PerThread(threading.local):
         self.value: Any = None
 
 
-class Family:
+class ModelToken:
     """Stands for the modules that are one model: an object of its own in every copy of the model."""

@@ -47,7 +47,7 @@ AUTO_CLASSES = {
 }
 
 
-def describe_use(folder: str | Path, config: PeftConfig) -> None:
+def add_usage_section(folder: str | Path, config: PeftConfig) -> None:
     """Add to the model card in a folder, if there is one, how the adapter is used: before all other sections."""
     path = Path(folder) / "README.md"
     if not path.exists():

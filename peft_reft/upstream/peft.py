@@ -16,7 +16,7 @@ from ..layer import LAYER, adapted_modules, plain_name
 from ..model import ReftModel
 from ..quantized import keep_dtypes
 from ..registration import REFT
-from ..saving.card import describe_use
+from ..saving.card import add_usage_section
 from ..saving.compatibility import check_config
 from ..transaction import Snapshot, remember, transaction
 from .patch import NOT_REPORTED, Patch, patch_object
@@ -192,7 +192,7 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
     configs = [config for config in model.peft_config.values() if config.peft_type == REFT]
     if configs:
         model.create_or_update_model_card(folder)
-        describe_use(folder, configs[0])
+        add_usage_section(folder, configs[0])
     return method(model, folder, *args, **kwargs)
 
 

@@ -23,7 +23,7 @@ from ..edits.intervention import Intervention
 from ..layer import adapted_modules, base_modules
 from ..registration import REFT
 from ..resume import STATE
-from ..runtime.call import Role, note_labels
+from ..runtime.call import ModuleRole, note_labels
 from .patch import NOT_REPORTED, Patch, patch_class, patch_object
 from .peft import check_folder
 
@@ -64,7 +64,7 @@ def init_trainer(method: Callable[..., None], trainer: "Trainer", *args: Any, **
         patch_object(trainer, OF_TRAINERS)
 
 
-def roles_of(model: Any) -> list[Role]:
+def roles_of(model: Any) -> list[ModuleRole]:
     """The roles of an adapted model, the outermost first; none of a model without adapters."""
     roles = (vars(module).get("_reft_role") for _, module in base_modules(model))
     return [role for role in roles if role is not None]
@@ -115,7 +115,7 @@ def warn_if_frozen(model: Any) -> None:
         )
 
 
-def takes_prompt_lengths(trainer: "Trainer", role: Role) -> bool:
+def takes_prompt_lengths(trainer: "Trainer", role: ModuleRole) -> bool:
     """Whether all that a trainer gives its batches to can take `prompt_lengths`, and its model has a use for them."""
     if role.kind != "causal":  # the labels of an encoder-decoder model are not those of its input_ids
         return False

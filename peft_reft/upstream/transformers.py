@@ -14,7 +14,7 @@ from transformers.modeling_utils import load_state_dict
 from ..config import ReftConfig
 from ..layer import LAYER
 from ..registration import REFT
-from ..runtime.attach import CheckpointEdits
+from ..runtime.checkpointing import CheckpointEdits
 from ..saving.compatibility import check_config
 from ..saving.state_dict import check_keys, misfit_error, needed_tensors
 from ..transaction import remember, transaction

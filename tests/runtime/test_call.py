@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from peft_reft.positions.language import Positions
-from peft_reft.runtime.call import Call, Role
-from peft_reft.runtime.generate import Family
+from peft_reft.runtime.call import Call, ModuleRole
+from peft_reft.runtime.generate import ModelToken
 
 
 def test_inner_model_of_a_causal_model_does_not_guess_either(adapt, ids):
@@ -73,7 +73,7 @@ def test_single_token_after_a_cache_that_cannot_tell_its_length():
         def get_seq_length(self, *args):
             raise ValueError("only attention layers can tell")
 
-    call = Call(Role(Family(), "causal", 0, ()), torch.nn.Identity(), False, {"cache": Silent()})
+    call = Call(ModuleRole(ModelToken(), "causal", 0, ()), torch.nn.Identity(), False, {"cache": Silent()})
     assert call.prompts(Positions.parse("l1"), 1, 1, torch.device("cpu")) is None
 
 

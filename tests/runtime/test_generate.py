@@ -28,7 +28,7 @@ from peft_reft import ReftConfig
 from peft_reft.edits import apply
 from peft_reft.edits.apply import edit
 from peft_reft.runtime.generate import AFTER_PROMPT, CACHES, Generation, cached_tokens
-from peft_reft.runtime.state import Family
+from peft_reft.runtime.state import ModelToken
 
 GENERATED = {
     "f2+l2": {"prefix": [[0, 1], [4, 5]], "suffix": [[10, 11], [10, 11]]},
@@ -615,7 +615,7 @@ def test_more_tokens_than_the_prompt_has(held, state, step):
         def get_seq_length(self):
             return held
 
-    generation = Generation(Family(), valid=torch.ones(1, 3, dtype=torch.bool), seen=3)
+    generation = Generation(ModelToken(), valid=torch.ones(1, 3, dtype=torch.bool), seen=3)
     inputs = {"input_ids": torch.zeros(1, 5), "past_key_values": Holds(), "state": [] if state else None}
     assert generation.step(inputs) == step
 

@@ -15,10 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from peft_reft import ReftConfig, layer
 from peft_reft.edits.apply import edit_rows
-from peft_reft.runtime.attach import CheckpointEdits
-from peft_reft.runtime.call import Call, Role
-from peft_reft.runtime.generate import Family
-from peft_reft.runtime.plan import Plan, current_plan, recall, remember
+from peft_reft.runtime.call import Call, ModuleRole
+from peft_reft.runtime.checkpointing import CheckpointEdits, find_for_recompute, save_for_recompute
+from peft_reft.runtime.generate import ModelToken
+from peft_reft.runtime.plan import Plan, current_plan
 
 
 def test_threads_do_not_see_each_others_plans(adapt, ids):
@@ -361,20 +361,25 @@ def test_what_comes_between_forward_and_backward(adapt, ids, between, checkpoint
 
 def test_plan_is_recalled_with_certainty_or_not_at_all():
     """A tensor that two calls share, such as a mask that a model keeps, does not tell which call a module is of."""
-    role = Role(Family(), "causal", 0, ())
+    role = ModuleRole(ModelToken(), "causal", 0, ())
     first, second = (Plan(Call(role, torch.nn.Identity(), True, {})) for _ in range(2))
     own, other, shared = torch.ones(1), torch.ones(1), torch.ones(1)
-    remember(first, [own, shared])
-    assert recall([own, shared]) is first.kept and recall([shared]) is first.kept
-    remember(second, [other, shared])
-    assert recall([own, shared]) is first.kept and recall([other, shared]) is second.kept
-    assert recall([shared]) is None and recall([own, other]) is None and recall([torch.ones(1)]) is None
+    save_for_recompute(first, [own, shared])
+    assert find_for_recompute([own, shared]) is first.for_recompute
+    assert find_for_recompute([shared]) is first.for_recompute
+    save_for_recompute(second, [other, shared])
+    assert find_for_recompute([own, shared]) is first.for_recompute
+    assert find_for_recompute([other, shared]) is second.for_recompute
+    for tensors in ([shared], [own, other], [torch.ones(1)]):
+        assert find_for_recompute(tensors) is None
 
 
 def test_kept_plan_knows_how_many_tokens_there_were():
     """Without its arguments, a recomputed block must still tell the model's tokens from those that it added."""
-    plan = Plan(Call(Role(Family(), "whole", 0, ()), nn.Identity(), True, {"input_ids": torch.zeros(2, 12)}))
-    assert plan.kept.call.tokens == 12
+    plan = Plan(
+        Call(ModuleRole(ModelToken(), "full_input", 0, ()), nn.Identity(), True, {"input_ids": torch.zeros(2, 12)})
+    )
+    assert plan.for_recompute.call.tokens == 12
 
 
 def test_training_batch_without_edits_is_warned_of_once(adapt, ids):

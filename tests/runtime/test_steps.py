@@ -114,7 +114,7 @@ def test_custom_generate_that_tells_nothing(adapt, ids):
     def asks(model, input_ids, **inputs):
         return torch.cat([input_ids, model(input_ids=input_ids).logits[:, -1:].argmax(-1)], dim=1)
 
-    with pytest.warns(UserWarning, match="prompt_lengths.*Once for each model"):
+    with pytest.warns(UserWarning, match="prompt_lengths.*once for each model"):
         found = model.generate(ids, custom_generate=asks, **GREEDY)
     assert torch.equal(found, by_hand.generate(ends_at(12), ids, new_tokens=1))
 

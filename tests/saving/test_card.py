@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_reft import ReftConfig
-from peft_reft.saving.card import HEADING, describe_use
+from peft_reft.saving.card import HEADING, add_usage_section
 
 
 def make_classifier():
@@ -54,7 +54,7 @@ def test_saved_card(tmp_path, task_type, capsys):
 def test_card_of_another_tool(tmp_path, text, headings):
     """The section comes before the sections that are there, or at the end of a card without any."""
     (tmp_path / "README.md").write_text(f"---\nlibrary_name: peft\n---\n\n{text}")
-    describe_use(tmp_path, ReftConfig(base_model_name_or_path="user/base"))
+    add_usage_section(tmp_path, ReftConfig(base_model_name_or_path="user/base"))
     card = ModelCard.load(tmp_path / "README.md")
     assert re.findall("^##? .*", card.text, re.MULTILINE) == headings
     assert all(line in card.text for line in text.splitlines())
@@ -76,7 +76,7 @@ def test_card_of_an_adapter_on_lora(tmp_path, ids):
 
 
 def test_folder_without_card(tmp_path):
-    describe_use(tmp_path, ReftConfig())
+    add_usage_section(tmp_path, ReftConfig())
     assert not list(tmp_path.iterdir())
 
 

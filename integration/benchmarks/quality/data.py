@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import is_right
-from .protocol import Family, Task
+from .protocol import ModelToken, Task
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def normalize(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
 # Templates
 
 
-def make_example(family: Family, row: dict[str, Any]) -> Example:
+def make_example(family: ModelToken, row: dict[str, Any]) -> Example:
     prompt = family.prompt_with_input if family.prompt_with_input and row["input"] else family.prompt
     if family.scoring == "label":
         return Example(prompt.format(**row), "", row["label"])
@@ -125,7 +125,7 @@ def question(example: Example) -> str:
 class Pool:
     """The rows of a file in an order that is always the same, to be taken from its beginning."""
 
-    def __init__(self, family: Family, file: Path):
+    def __init__(self, family: ModelToken, file: Path):
         self.rows = [make_example(family, row) for row in read_rows(file)]
         random.Random(0).shuffle(self.rows)
 
@@ -146,7 +146,7 @@ class Pool:
         return before - len(self.rows)
 
 
-def split_task(family: Family, task: Task, folder: Path, size: dict[str, Any]) -> Split:
+def split_task(family: ModelToken, task: Task, folder: Path, size: dict[str, Any]) -> Split:
     """The examples of a task, as many as the size says: first for the tests, then for validation, then to train on."""
     pools = {file: Pool(family, folder / file) for file in dict.fromkeys([*task.test.values(), *task.train])}
     is_number = family.scoring == "number"

@@ -30,7 +30,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelToken:
     """Tasks that have a model, a prompt and a way to score in common.
 
     Attributes:
@@ -67,7 +67,7 @@ class Ablation:
 @dataclass(frozen=True)
 class Protocol:
     contenders: dict[str, dict[str, Any]]
-    families: dict[str, Family]
+    families: dict[str, ModelToken]
     ablations: dict[str, Ablation]
 
 
@@ -76,6 +76,6 @@ def load_protocol(file: Path = FILE) -> Protocol:
     families = {}
     for name, family in described["families"].items():
         tasks = {key: Task(key, **{"reft": {}} | task) for key, task in family.pop("tasks").items()}
-        families[name] = Family(name, tasks=tasks, **family)
+        families[name] = ModelToken(name, tasks=tasks, **family)
     ablations = {name: Ablation(**ablation) for name, ablation in described["ablations"].items()}
     return Protocol(described["contenders"], families, ablations)

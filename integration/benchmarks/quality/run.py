@@ -32,7 +32,7 @@ from quality.data import Example, find_folder, split_task
 from quality.job import Job, run_elsewhere
 from quality.metrics import summarize
 from quality.models import find_model
-from quality.protocol import Family, Protocol, Task, load_protocol
+from quality.protocol import ModelToken, Protocol, Task, load_protocol
 
 RUN = ("family", "task", "seed", "metric", "settings")  # what decides how a run ends
 IDENTITY = (*RUN, "name", "ablation", "value")  # and what it is called
@@ -44,13 +44,13 @@ class Setup:
     """Where and on what runs are made.
 
     Attributes:
-        family (`Family`), size (`dict`): what is run, and on how many rows.
+        family (`ModelToken`), size (`dict`): what is run, and on how many rows.
         data (`Path`), model (`str`): folders.
         model_name (`str`): what the results call the model.
         reference (`str`, *optional*): the Python of an environment with pyreft.
     """
 
-    family: Family
+    family: ModelToken
     size: dict[str, Any]
     data: Path
     model: str
@@ -163,7 +163,7 @@ class Prepared:
         }
 
 
-def options_of(contender: dict[str, Any], family: Family, task: Task) -> dict[str, Any]:
+def options_of(contender: dict[str, Any], family: ModelToken, task: Task) -> dict[str, Any]:
     """A contender with the options that the family and the task have for ReFT, of which LoRA has the dropout; its own
     come first."""
     if contender["method"] == "lora":
@@ -290,7 +290,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
 
 
-def setup_of(args: argparse.Namespace, family: Family) -> Setup:
+def setup_of(args: argparse.Namespace, family: ModelToken) -> Setup:
     name = args.model or family.model
     return Setup(
         family=family,
