@@ -21,8 +21,8 @@ def no_end(positions: str, is_decoder: bool) -> str:
     return message + (
         "Pass `labels` to the model's forward, with -100 on the prompt. Or pass `prompt_lengths`, a LongTensor "
         "[batch]: the number of tokens in each prompt, padding not counted. If a trainer keeps the labels for its own "
-        f"loss (compute_loss_func, label smoothing), let the data collator add the lengths: {USE_COLLATOR}. In eval mode "
-        "the complete input is the prompt."
+        f"loss (compute_loss_func, label smoothing), let the data collator add the lengths: {USE_COLLATOR}. In eval "
+        "mode the complete input is the prompt."
     )
 
 
