@@ -1,7 +1,7 @@
 """Find prompts from masks, position ids, labels and lengths. No shape depends on their values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,23 @@ class Prompts:
     answer: torch.Tensor | None = None
     one_prompt: bool = False
     one_sequence: bool = False
+
+    def after(self, past: int) -> "Prompts":
+        """Return the prompts as seen from the tokens after the first `past` ones, which a cache holds."""
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if tensor.shape[1] == 1 else tensor[:, past:]
+
+        if not past:
+            return self
+        return replace(
+            self,
+            valid=cut(self.valid),
+            rank=cut(self.rank),
+            prefix_length=cut(self.prefix_length),
+            suffix_length=cut(self.suffix_length),
+            answer=None if self.answer is None else cut(self.answer),
+        )
 
 
 def assert_without_sync(condition: torch.Tensor, message: str) -> None:

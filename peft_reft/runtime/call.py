@@ -220,18 +220,8 @@ class Call:
         if given is not None and tokens < given and isinstance(keep, int) and tokens == keep:
             # Layers that write no cache may be given only the tokens whose logits are asked for (Gemma 4).
             spans = self.prompts(positions, batch, given, device)
-            return None if spans is None else _after(spans, given - tokens)
-        if (shape := given_shape(arguments)) is not None and len(shape) > 2 and shape[:2] != (batch, tokens):
-            raise ValueError(
-                f"{type(self.owner).__name__} was given input of shape {list(shape)}, several sequences a row, which "
-                f"it lays out anew as {batch} rows of {tokens} tokens. ReFT does not follow that. Give it one "
-                "sequence a row, [batch, tokens]."
-            )
-        if given is not None and given != tokens:
-            raise ValueError(
-                f"An adapted module put out {tokens} tokens where the model was given {given}, so these are no hidden "
-                "states of the model's tokens: name others in target_modules."
-            )
+            return None if spans is None else spans.after(given - tokens)
+        self._check_tokens(batch, tokens)
         if self._is_past_prompt(tokens):
             return None
         if self.generation is not None:
@@ -257,7 +247,22 @@ class Call:
                     raise ValueError(messages.labels_withheld(positions.text))
                 self._warn_of_guess(positions, tokens)
             spans = whole_sequences(valid, sequences)
-        return _after(spans, past)
+        return spans.after(past)
+
+    def _check_tokens(self, batch: int, tokens: int) -> None:
+        """Raise a ValueError if hidden states are not those of the model's tokens."""
+        shape, given = given_shape(self.arguments), self.tokens
+        if shape is not None and len(shape) > 2 and shape[:2] != (batch, tokens):
+            raise ValueError(
+                f"{type(self.owner).__name__} was given input of shape {list(shape)}, several sequences a row, which "
+                f"it lays out anew as {batch} rows of {tokens} tokens. ReFT does not follow that. Give it one "
+                "sequence a row, [batch, tokens]."
+            )
+        if given is not None and given != tokens:
+            raise ValueError(
+                f"An adapted module put out {tokens} tokens where the model was given {given}. These are not the "
+                "hidden states of the model's tokens: name other modules in target_modules."
+            )
 
     def _labels_of_tokens(self, batch: int, tokens: int) -> torch.Tensor | None:
         """Return the labels that are next tokens, each at the token that it is. None where there are none."""
@@ -329,21 +334,3 @@ class Call:
             return
         _warned.add(self.role.family)
         warnings.warn(messages.whole_input(positions.text), stacklevel=2)
-
-
-def _after(spans: Prompts, past: int) -> Prompts:
-    """The tokens that come after those in the cache."""
-
-    def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.shape[1] == 1 else tensor[:, past:]
-
-    if not past:
-        return spans
-    return replace(
-        spans,
-        valid=cut(spans.valid),
-        rank=cut(spans.rank),
-        prefix_length=cut(spans.prefix_length),
-        suffix_length=cut(spans.suffix_length),
-        answer=None if spans.answer is None else cut(spans.answer),
-    )

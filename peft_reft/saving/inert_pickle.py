@@ -87,53 +87,77 @@ def read_inert(pickled: bytes) -> Any:
     Raises:
         ValueError: if it is no pickle, or has what no checkpoint needs.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-
-    def pop(count: int) -> list[Any]:
-        start = len(stack) - count
-        if start < (marks[-1] if marks else 0):
-            raise ValueError("a pickle takes what it did not give")
-        popped = stack[start:]
-        del stack[start:]
-        return popped
-
-    def pop_to_mark() -> list[Any]:
-        start = marks.pop()
-        popped = stack[start:]
-        del stack[start:]
-        return popped
-
+    machine = Machine()
     for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-        name = operation.name
         if count == MAX_OPERATIONS:
             raise ValueError(f"a pickle has more than {MAX_OPERATIONS} operations")
+        if operation.name == "STOP":
+            return machine.stack[-1]
+        if not (machine.build(operation.name, argument) or machine.move(operation.name, argument)):
+            raise ValueError(f"a pickle has the operation {operation.name}, which no checkpoint needs")
+    raise ValueError("a pickle has no end")
+
+
+class Machine:
+    """The stack, the marks and the memo on which the operations of a pickle work."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[Any, Any] = {}
+
+    def pop(self, count: int) -> list[Any]:
+        """Take values off the stack, but none from before the last mark."""
+        start = len(self.stack) - count
+        if start < (self.marks[-1] if self.marks else 0):
+            raise ValueError("a pickle takes what it did not give")
+        return self.pop_from(start)
+
+    def pop_to_mark(self) -> list[Any]:
+        """Take all values since the last mark off the stack."""
+        return self.pop_from(self.marks.pop())
+
+    def pop_from(self, start: int) -> list[Any]:
+        """Take all values from an index on off the stack."""
+        popped = self.stack[start:]
+        del self.stack[start:]
+        return popped
+
+    def build(self, name: str, argument: Any) -> bool:
+        """Run an operation that makes a value or fills one. Return whether it is one of these."""
+        stack = self.stack
         if name in VALUES:
             stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name])
-        elif name == "MARK":
-            marks.append(len(stack))
         elif name in CONTAINERS:
-            stack.append(Inert(pop(CONTAINERS[name])))
+            stack.append(Inert(self.pop(CONTAINERS[name])))
         elif name in MARKED_CONTAINERS:
-            stack.append(Inert(pop_to_mark()))
+            stack.append(Inert(self.pop_to_mark()))
         elif name in OBJECTS:
-            pop(OBJECTS[name])
+            self.pop(OBJECTS[name])
             stack.append(Inert([]))
         elif name in MARKED_OBJECTS:
-            pop_to_mark()
+            self.pop_to_mark()
             stack.append(Inert([]))
         elif name in ADDITIONS:
-            added = pop(ADDITIONS[name])
+            added = self.pop(ADDITIONS[name])
             stack[-1].items.extend(added)
         elif name in MARKED_ADDITIONS:
-            added = pop_to_mark()
+            added = self.pop_to_mark()
             stack[-1].items.extend(added)
         elif name == "BUILD":
-            (state,) = pop(1)
+            (state,) = self.pop(1)
             stack[-1].state = state
+        else:
+            return False
+        return True
+
+    def move(self, name: str, argument: Any) -> bool:
+        """Run an operation that moves values, or does nothing. Return whether it is one of these."""
+        stack, memo = self.stack, self.memo
+        if name == "MARK":
+            self.marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif name == "MEMOIZE":
@@ -141,13 +165,11 @@ def read_inert(pickled: bytes) -> Any:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "POP":
-            pop(1)
+            self.pop(1)
         elif name == "POP_MARK":
-            pop_to_mark()
+            self.pop_to_mark()
         elif name == "DUP":
             stack.append(stack[-1])
-        elif name == "STOP":
-            return stack[-1]
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"a pickle has the operation {name}, which no checkpoint needs")
-    raise ValueError("a pickle has no end")
+        else:
+            return name in ("PROTO", "FRAME")
+        return True
