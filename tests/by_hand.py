@@ -224,3 +224,12 @@ def assert_edits(adapted, columns, **inputs):
 
 def generated(model, ids, mask=MASK, **options):
     return model.generate(input_ids=ids, attention_mask=mask, **GREEDY | options)
+
+
+def config(**options):
+    return ReftConfig(**{"task_type": "CAUSAL_LM", "r": 4, "positions": "f2+l2", "init_weights": False} | options)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model.eval()(input_ids=ids.clone()).logits  # which came with no labels
