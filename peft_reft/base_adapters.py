@@ -163,7 +163,7 @@ def let_go(below: PeftModel) -> None:
 
 
 def refuse_to_take_away(*args: Any, **kwargs: Any) -> nn.Module:
-    """In place of the methods that merge or unload."""
+    """Raise an error in place of the methods that merge or unload."""
     raise ValueError(
         "The adapters of this model cannot be merged, unmerged or unloaded while it is the base model of a ReFT "
         "adapter. Save both, then load and merge this one, and load the ReFT adapter into what that gives: "

@@ -84,7 +84,7 @@ def make_module(base: Any, runs: Mapping[str, Run]) -> Any:
 
 
 def own_method(base: Any, name: str, run: Run) -> Callable[..., Any]:
-    """The method of an adapted class."""
+    """Return the method of an adapted class."""
 
     @functools.wraps(getattr(base, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

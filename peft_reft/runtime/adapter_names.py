@@ -1,4 +1,4 @@
-"""A mixed batch: an adapter for each row, as PEFT's `adapter_names` asks for.
+"""A mixed batch: an adapter for each row, as PEFT's `adapter_names` names them.
 
 All rows are edited together: the weights of the adapters are stacked, and each row takes its own.
 """
@@ -30,7 +30,7 @@ class MixedBatch:
     _edits: dict[ReftLayer, tuple[PerRowPositions, dict[str, PerRowUnits]]] = field(default_factory=dict)
 
     def repeats(self, batch: int, expanded: bool) -> int:
-        """How many rows of a batch belong to each name.
+        """Return the number of rows for each name.
 
         Args:
             batch (`int`): rows of the batch.
@@ -62,5 +62,5 @@ class MixedBatch:
 
 
 def current_mixed_batch() -> MixedBatch | None:
-    """The mixed batch that this thread has been given, or None."""
+    """Return this thread's mixed batch, or None."""
     return current.value

@@ -47,7 +47,7 @@ def edit_output(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 
 def find_plan(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> plans.Plan | None:
-    """The plan of the call that an adapted module is part of."""
+    """Return the plan of the call that an adapted module is part of."""
     plan = plans.current_plan()
     if module.training and not torch.compiler.is_compiling():
         # Activation checkpointing may run the module again in the backward pass, when the call is over.
@@ -60,7 +60,7 @@ def find_plan(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> plans.P
 
 
 def family_of(model: nn.Module) -> ModelToken:
-    """What stands for a model, new if it has not been adapted before."""
+    """Return the token that stands for a model, a new one if the model has none."""
     families = (vars(module).get("_reft_token") for _, module in base_modules(model))
     return next((family for family in families if family is not None), None) or ModelToken()
 
@@ -74,19 +74,19 @@ def hook_module(module: nn.Module, layer: ReftLayer) -> None:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of the role that a module has from adapters that were added before."""
+    """Return the kind of a module's role, None if it has none yet."""
     role = vars(module).get("_reft_role")
     return None if role is None else role.kind
 
 
 def paths_to(name: str) -> list[str]:
-    """The names of the modules around a module, outermost first, and its own."""
+    """Return the names of the modules around a module, outermost first, and its own."""
     parts = name.split(".") if name else []
     return [".".join(parts[:n]) for n in range(len(parts) + 1)]
 
 
 def roles_around(modules: Mapping[str, nn.Module], name: str, config: PeftConfig) -> dict[str, tuple[str, bool]]:
-    """The models around a module whose calls have plans: by path, the kind of their role and whether it is apart."""
+    """Return the models around a module whose calls have plans: by path, their kind and if they have own tokens."""
     paths = paths_to(name)
     around = [path for path in paths if isinstance(modules[path], PreTrainedModel)] or [""]
     outermost: Any = modules[around[0]]

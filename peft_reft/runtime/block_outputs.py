@@ -31,7 +31,7 @@ Edit = Callable[[torch.Tensor], torch.Tensor]  # of hidden states [batch, tokens
 
 
 def architecture_of(model: nn.Module, name: str) -> str:
-    """The folder in transformers.models that a module of a model comes from, or an empty string."""
+    """Return the folder in transformers.models that a module of a model comes from, or an empty string."""
     if isinstance(model.get_submodule(name), nn.Embedding):
         return ""  # [batch, tokens, d] in any architecture
     names = name.split(".")
@@ -76,7 +76,7 @@ def edit_in_layout(
 
 
 def edited_output(module: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """The output of an adapted module, edited."""
+    """Return the edited output of an adapted module."""
     layer: ReftLayer = layer_of(module)  # type: ignore[assignment]
     hidden_states = output[0] if isinstance(output, tuple | list) and output else output
     is_signal = plan.call.role.kind == "media"
@@ -92,7 +92,7 @@ def edited_output(module: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, 
 
 
 def not_hidden_states_error(module: nn.Module, output: Any, d: int) -> ValueError:
-    """The error for what a module put out in place of hidden states."""
+    """Return the error for an output that is not hidden states."""
     given = str(type(output))
     if isinstance(output, torch.Tensor):
         given = f"of shape {list(output.shape)}" if not output.is_nested else "a nested tensor"
@@ -104,7 +104,7 @@ def not_hidden_states_error(module: nn.Module, output: Any, d: int) -> ValueErro
 
 
 def replace_first(output: tuple | list, first: torch.Tensor) -> tuple | list:
-    """The same outputs, of the same type, with another first one."""
+    """Return the same outputs, of the same type, with another first one."""
     if hasattr(output, "_replace"):  # a named tuple
         return output._replace(**{output._fields[0]: first})  # type: ignore[union-attr]
     return type(output)((first, *output[1:]))

@@ -175,7 +175,7 @@ class Call:
         return role.has_own_tokens and not self.role.has_own_tokens and role.depth > self.role.depth
 
     def arguments_for(self, role: ModuleRole) -> dict[str, Any]:
-        """What is given to this call's model and tells of a module within it."""
+        """Return the arguments of this call's model that describe the tokens of a module within it."""
         told = (*PROMPT_ENDS, STEP) if role.kind == "decoder" else ()
         return {name: self.arguments[name] for name in told if name in self.arguments}
 
@@ -194,7 +194,7 @@ class Call:
         mixed_batch.repeats(batch, expanded=self.generation is not None)
 
     def ended(self) -> "Call":
-        """The call without what it was given."""
+        """Return the call without its arguments."""
         return replace(self, owner=None, arguments={}, generation=None)
 
     def prompts(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts | None:
@@ -282,7 +282,7 @@ class Call:
                 self._block_mask = (given.get("attention_mask"),)
 
     def _prompts_of_signal(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts:
-        """All that a model of images or sound makes of its input is its prompt."""
+        """Return the prompts of a model of images or sound: its complete input."""
         signal = self.arguments.get(MEDIA_INPUT)
         if (positions.prefix or positions.suffix) and signal is not None and len(signal) != batch:
             raise ValueError(
@@ -305,7 +305,7 @@ class Call:
         return whole_sequences(self._valid(mask, 0, batch, tokens, device))
 
     def _valid(self, mask: Any, past: int, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-        """Which tokens are no padding [batch, past + tokens]; all, where neither a mask nor the ids tell."""
+        """Mark the tokens [batch, past + tokens] that are not padding: all tokens without a mask and ids."""
         valid = valid_tokens(mask, past, tokens, self.continues)
         if valid is None and not past:
             valid = self._valid_by_ids(batch, tokens)
@@ -314,7 +314,7 @@ class Call:
         return valid.to(device).expand(batch, -1)
 
     def _valid_by_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
-        """Which tokens are no padding [batch, tokens], by the padding token that the model's config names.
+        """Mark the tokens [batch, tokens] that are not padding, by the pad token of the model's config.
 
         None where it names none, or one that rows can begin or end with; a decoder may begin with its padding token.
         """

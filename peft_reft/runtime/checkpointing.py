@@ -63,7 +63,7 @@ class CheckpointEdits:
 
 
 def tensors_among(args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors among the arguments of a module, and in tuples among them."""
+    """Return the tensors among the arguments of a module, and in tuples among them."""
     found = []
     for value in (*args, *kwargs.values()):
         found += [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, torch.Tensor)]
@@ -78,7 +78,7 @@ def save_for_recompute(plan: plans.Plan | None, tensors: list[torch.Tensor]) -> 
 
 
 def find_for_recompute(tensors: list[torch.Tensor]) -> plans.Plan | None:
-    """The plan of the call in which a module was given these very tensors; None unless it is certain.
+    """Return the plan of the call in which a module had these very tensors as input, None unless it is certain.
 
     Activation checkpointing runs modules a second time in the backward pass, when their call is over and others may
     have followed, but with the same masks and position embeddings.

@@ -21,7 +21,7 @@ _managers: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def init_manager(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`init_continuous_batching` of an adapted model: a manager that runs the model in ways that ReFT can follow.
+    """Return a manager that runs the adapted model in ways that ReFT can follow.
 
     Requests cannot share what the cache holds of prompts that begin alike: the tokens are the same, but not the edits.
 
@@ -94,7 +94,7 @@ class Requests:
 
     @classmethod
     def of(cls, cache: Any) -> "Requests | None":
-        """The requests of the forward that is given `cache` now; None if it is no cache of a manager."""
+        """Return the requests of the forward with this cache, None if it is not a manager's cache."""
         if cache is None or hasattr(cache, "get_seq_length"):
             return None
         for manager in list(_managers):
@@ -110,12 +110,12 @@ class Requests:
         return None
 
     def window(self, arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-        """The columns of the forward; None if no token of a prompt is among them."""
+        """Return the columns of the forward, None if no token of a prompt is among them."""
         is_over = all(start >= prompt for start, prompt in zip(self.starts, self.prompts, strict=True))
         return None if is_over else (0, given_tokens(arguments) or 0)
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Prompts:
-        """The prompts in the row [1, tokens]; what fills it up to a fixed length is in none."""
+        """Return the prompts in the row [1, tokens]. Its filling up to a fixed length is in no prompt."""
         given = torch.tensor(self.given)
         rank = torch.cat([torch.arange(start, start + n) for start, n in zip(self.starts, self.given, strict=True)])
         length = torch.tensor(self.prompts).repeat_interleave(given)

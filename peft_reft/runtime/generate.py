@@ -23,12 +23,12 @@ _drafts = WeakIdKeyDictionary()  # cache of a draft model -> `valid` of the call
 
 
 def current_generation() -> "Generation | None":
-    """The call of `generate` that runs in this thread."""
+    """Return the call of `generate` that runs in this thread."""
     return current.value
 
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward or of `generate`, or None."""
+    """Return the cache among the arguments of a forward or of `generate`, or None."""
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
@@ -54,20 +54,20 @@ def cached_tokens(cache: Any) -> int | torch.Tensor | None:
 
 
 def tokens_before(arguments: Mapping[str, Any]) -> int | torch.Tensor | None:
-    """How many tokens a forward goes on from; None if its cache or its state does not tell."""
+    """Return the number of tokens before a forward, None if its cache or its state does not tell."""
     if any(arguments.get(name) is not None for name in RECURRENT_STATES):
         return None
     return cached_tokens(find_cache(arguments))
 
 
 def given_tokens(arguments: Mapping[str, Any]) -> int | None:
-    """How many tokens a forward is given, or None if its arguments hold no text."""
+    """Return the number of input tokens of a forward, None if it has no text."""
     shape = given_shape(arguments)
     return None if shape is None else shape[1]
 
 
 def given_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape of the tokens that a forward is given, embeddings without their width, or None if there are none."""
+    """Return the shape of a forward's input tokens, without the width of embeddings. None if it has no text."""
     ids, embeddings = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if ids is not None:
         return tuple(ids.shape)
@@ -194,7 +194,7 @@ class Generation:
         return step
 
     def spans(self, window: tuple[int, int], batch: int, device: torch.device) -> Prompts:
-        """The prompts, as the forward of a window sees them: a row for each beam or returned sequence."""
+        """Return the prompts in the columns of a window, with a row for each beam or returned sequence."""
         start, end = window
         valid = self.valid
         assert valid is not None, "step comes before spans"
@@ -298,7 +298,7 @@ def note_cache(model: Any, prepare: Callable[..., Any], args: tuple, kwargs: dic
 def _valid_prompt(
     input_ids: torch.Tensor | None, kwargs: Mapping[str, Any], configs: list[Mapping[str, Any]]
 ) -> torch.Tensor | None:
-    """Which tokens that `generate` was given are no padding [batch, tokens], as it decides; None without any."""
+    """Mark the input tokens [batch, tokens] of `generate` that are not padding, as it decides. None without tokens."""
     if kwargs.get("attention_mask") is not None:
         return kwargs["attention_mask"].bool()
     if input_ids is not None:  # beside embeddings, too
@@ -309,7 +309,7 @@ def _valid_prompt(
 
 
 def padding_id(configs: list[Mapping[str, Any]], others: tuple[str, ...] = ("eos_token_id",)) -> int | None:
-    """The id by which padding is known where no mask tells it, as `generate` decides.
+    """Return the id of padding without a mask, as `generate` decides.
 
     Args:
         configs: where the ids of special tokens are looked for, in this order.
@@ -324,5 +324,5 @@ def padding_id(configs: list[Mapping[str, Any]], others: tuple[str, ...] = ("eos
 
 
 def _option(configs: list[Mapping[str, Any]], name: str) -> Any:
-    """The first value that is set, in the order in which `generate` looks."""
+    """Return the first value that is set, in the order of `generate`."""
     return next((config[name] for config in configs if config.get(name) is not None), None)

@@ -52,7 +52,7 @@ def prompt_lengths(model: nn.Module, lengths: torch.Tensor) -> Iterator[None]:
 
 
 def current_lengths(family: ModelToken) -> torch.Tensor | None:
-    """The prompt lengths that this thread was told for a model; None within a `generate` that began since."""
+    """Return the prompt lengths that this thread has for a model, None within a later `generate`."""
     block = _current.value
     while block is not None:
         families, lengths, generation, block = block

@@ -88,13 +88,13 @@ def begin_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], is_own: b
 
 
 def generation_around(family: ModelToken) -> Generation | None:
-    """The `generate` of a model that runs."""
+    """Return the running call of a model's `generate`, or None."""
     generation = current_generation()
     return generation if generation is not None and generation.family is family else None
 
 
 def generation_of(role: ModuleRole, arguments: Mapping[str, Any]) -> Generation | Requests | None:
-    """What knows the prompts of a call that generates.
+    """Return the object that knows the prompts of a generating call, or None.
 
     Raises:
         RuntimeError: if the call is a step of a `generate` that does not run.
@@ -127,7 +127,7 @@ def is_told(role: ModuleRole, arguments: Mapping[str, Any]) -> bool:
 def mixed_batch_of(
     module: nn.Module, generation: Generation | Requests | None, kwargs: dict[str, Any]
 ) -> MixedBatch | None:
-    """The adapters of the rows of a call, where they differ; the model itself takes no `adapter_names`."""
+    """Return the adapters of a call's rows, if they differ. The model itself takes no `adapter_names`."""
     role: ModuleRole = module._reft_role  # type: ignore[assignment]
     names = kwargs.pop("adapter_names", None)  # a PeftModel around the model would have kept them
     if names is not None:

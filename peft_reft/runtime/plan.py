@@ -61,7 +61,7 @@ class Plan:
     def rows(
         self, positions: AnyPositions, units: tuple[str, ...], batch: int, tokens: int, device: torch.device
     ) -> list[Selection]:
-        """The tokens that each unit edits, found once a call.
+        """Return the tokens that each unit edits. They are found once a call.
 
         Args:
             positions (`Positions` or `PerRowPositions`): the choice of positions.
@@ -147,5 +147,5 @@ def is_edited(layer: ReftLayer, plan: Plan | None) -> bool:
 
 
 def current_plan() -> "Plan | None":
-    """The plan of the call that runs in this thread."""
+    """Return the plan of the call that runs in this thread."""
     return current.value

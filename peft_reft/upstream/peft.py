@@ -38,7 +38,7 @@ def init_peft_model(method: Callable[..., None], model: PeftModel, *args: Any, *
 
 
 def undo_on_error(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT goes on after an adapter was added, casts it and prepares the model: if that fails, it would stay."""
+    """Undo a failed attempt to add an adapter. PEFT casts it and prepares the model later, which can fail."""
     with transaction():
         return method(owner, *args, **kwargs)
 
@@ -46,7 +46,7 @@ def undo_on_error(method: Callable[..., Any], owner: Any, *args: Any, **kwargs: 
 def load_model_or_undo(
     method: Callable[..., PeftModel], cls: type[PeftModel], model: Any, *args: Any, **kwargs: Any
 ) -> PeftModel:
-    """PEFT's `from_pretrained` adapts a model before it looks at the checkpoint, and would leave it so.
+    """Undo a failed `from_pretrained`. PEFT adapts the model before it reads the checkpoint.
 
     Before that it takes accelerate's hooks off a model that is offloaded, which then cannot be called.
     """
@@ -68,7 +68,7 @@ def begin_tuner(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """PEFT puts one method on another in any order, and an adapter in the place of another of its name.
+    """Refuse another method on top of ReFT, and an adapter that would replace another of its name.
 
     Raises:
         ValueError: if another method is put on ReFT, or one of two adapters of a name would be lost.
@@ -90,7 +90,7 @@ def begin_tuner(
 
 
 def own_state_dict(method: Callable[..., Any], cls: type[BaseTuner], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT saves with an adapter the tensors of every method that has one of its name in the model."""
+    """Leave ReFT's tensors out of other methods' adapters. PEFT saves those of all methods under one name."""
     reft = tuple(f"{plain_name(name)}.{LAYER}." for name in adapted_modules(model))
     tensors = method(cls, model, *args, **kwargs)
     return {key: tensor for key, tensor in tensors.items() if not key.startswith(reft)} if reft else tensors
@@ -99,7 +99,7 @@ def own_state_dict(method: Callable[..., Any], cls: type[BaseTuner], model: Any,
 def load_or_undo(
     method: Callable[..., Any], model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """PEFT's `load_adapter` adds an adapter before it looks at the checkpoint, and would leave it if that is unfit.
+    """Undo a failed `load_adapter`. PEFT adds the adapter before it reads the checkpoint.
 
     Into an adapter that is there it loads tensors alone, whatever they were trained for.
 
@@ -182,13 +182,13 @@ def refuse_disk(model: Any, names: Iterable[str]) -> None:
 
 
 def save_both(method: Callable[..., Any], model: PeftModel, folder: Any, *args: Any, **kwargs: Any) -> None:
-    """PEFT's `save_pretrained` leaves out the adapters of a base model that is a `PeftModel` itself."""
+    """Save the adapters of the base model as well, if it is a `PeftModel` itself."""
     method(model, folder, *args, **kwargs)
     save_base_adapters(model, folder, *args, **kwargs)
 
 
 def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
-    """Part of `push_to_hub`: transformers has just written a blank card over the one that PEFT had saved."""
+    """Write the card again before `push_to_hub` uploads: transformers has replaced it by a blank one."""
     configs = [config for config in model.peft_config.values() if config.peft_type == REFT]
     if configs:
         model.create_or_update_model_card(folder)
@@ -197,7 +197,7 @@ def upload_with_card(method: Callable[..., Any], model: PeftModel, folder: str, 
 
 
 def wrap_units(method: Callable[..., Any], model: Any) -> Callable[..., bool]:
-    """PEFT's policy has FSDP1 wrap what LoRA trains apart from the frozen block around it, but not what ReFT trains.
+    """Return a policy that has FSDP1 wrap trained units. PEFT's policy wraps only what LoRA trains.
 
     FSDP1 flattens what it wraps into one parameter: of one dtype, and with a gradient for all of it.
     """

@@ -65,13 +65,13 @@ def init_trainer(method: Callable[..., None], trainer: "Trainer", *args: Any, **
 
 
 def roles_of(model: Any) -> list[ModuleRole]:
-    """The roles of an adapted model, the outermost first; none of a model without adapters."""
+    """Return the roles of an adapted model, the outermost first."""
     roles = (vars(module).get("_reft_role") for _, module in base_modules(model))
     return [role for role in roles if role is not None]
 
 
 def begin_data(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
-    """A trainer makes its data loaders here, that of training before its first step."""
+    """Make a data loader that adds prompt lengths. Before training, warn about frozen adapters."""
     if kwargs.get("is_training") and trainer.model is not None and roles_of(trainer.model):
         warn_if_frozen(trainer.model)
     return add_prompt_lengths(method, trainer, *args, **kwargs)
@@ -127,7 +127,7 @@ def takes_prompt_lengths(trainer: "Trainer", role: ModuleRole) -> bool:
 
 
 def note_labels_in_evaluation(method: Callable[..., Any], trainer: "Trainer", *args: Any, **kwargs: Any) -> Any:
-    """A trainer that keeps the labels for itself calls the model with ids that came with labels all the same.
+    """Remember ids that came with labels, as a trainer may keep the labels for itself.
 
     In training a call without labels is refused in any case.
     """
@@ -144,7 +144,7 @@ def note_labels_in_evaluation(method: Callable[..., Any], trainer: "Trainer", *a
 
 
 def begin_checkpoint(method: Callable[..., Any], trainer: "Trainer", model: Any, trial: Any, **kwargs: Any) -> None:
-    """A checkpoint is whole when the trainer's state is there, which is written last: not one that was left there.
+    """Remove an old trainer state before a checkpoint is written: it marks a complete checkpoint, and is written last.
 
     Training that goes on from an earlier checkpoint writes those after it anew, over files that are there.
     """
@@ -157,7 +157,7 @@ def begin_checkpoint(method: Callable[..., Any], trainer: "Trainer", model: Any,
 def save_sharded(
     method: Callable[..., Any], trainer: "Trainer", output_dir: str | None = None, *args: Any, **kwargs: Any
 ) -> None:
-    """transformers' `save_model` saves nothing where FSDP's state dicts are to be sharded: save the adapter, whole."""
+    """Save the complete adapter. With sharded state dicts of FSDP, transformers' `save_model` saves nothing."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
     if plugin is not None and "SHARDED" in str(plugin.state_dict_type) and model and adapted_modules(model):
         state_dict = trainer.accelerator.get_state_dict(model)
@@ -176,7 +176,7 @@ def refuse_sharded_base_adapters(trainer: "Trainer") -> None:
 
 
 def check_resumed(method: Callable[..., Any], trainer: "Trainer", checkpoint: str, *args: Any, **kwargs: Any) -> None:
-    """FSDP's state dicts are loaded past PEFT's `load_adapter`."""
+    """Check the configs of a checkpoint. FSDP loads state dicts without PEFT's `load_adapter`."""
     refuse_sharded_base_adapters(trainer)
     check_checkpoint_folder(trainer.model, checkpoint)
     method(trainer, checkpoint, *args, **kwargs)
@@ -207,7 +207,7 @@ def check_checkpoint_folder(model: Any, checkpoint: str) -> None:
 
 
 def load_best_of_both(method: Callable[..., Any], trainer: "Trainer") -> None:
-    """transformers loads the best weights of one adapter: those of the base model's own belong to them."""
+    """Load the best weights of the base model's adapters as well. transformers loads one adapter."""
     checkpoint: Any = trainer.state.best_model_checkpoint
     if trainer.is_deepspeed_enabled:
         check_checkpoint_folder(trainer.model, checkpoint)
@@ -218,7 +218,7 @@ def load_best_of_both(method: Callable[..., Any], trainer: "Trainer") -> None:
 
 
 def load_sharded_optimizer(method: Callable[..., Any], trainer: "Trainer", checkpoint: str | None) -> None:
-    """accelerate reads into what state an optimizer of FSDP1 has, where it is sharded: into none before a step."""
+    """Create the state of FSDP1's optimizer before a sharded one is loaded into it."""
     plugin, model = getattr(trainer.accelerator.state, "fsdp_plugin", None), trainer.model
     is_sharded = bool(checkpoint) and any(Path(str(checkpoint)).glob("optimizer_*/"))
     if is_sharded and plugin is not None and plugin.fsdp_version == 1 and model and adapted_modules(model):

@@ -25,7 +25,7 @@ MIXIN = "transformers.integrations.peft.PeftAdapterMixin"
 
 
 def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' `load_adapter` reports tensors that are missing or too many, and goes on without them.
+    """Raise an error for missing or foreign tensors. transformers' `load_adapter` only reports them.
 
     Raises:
         ValueError: if the checkpoint does not fit its config, or has tensors that the adapter does not need; the model
@@ -47,7 +47,7 @@ def load_whole_adapter(method: Callable[..., Any], model: Any, *args: Any, **kwa
 
 
 def add_or_undo(method: Callable[..., None], model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
-    """transformers' `add_adapter` adds an adapter and then activates it, which other adapters may not allow."""
+    """Undo a failed `add_adapter`: transformers adds the adapter before it activates it, which can fail."""
     with transaction():
         if isinstance(adapter_config, ReftConfig):
             remember(model)
@@ -84,7 +84,7 @@ def keys_checked(model: Any, before: set[str]) -> Iterator[None]:
 
 
 def keys_of(file: str) -> list[str]:
-    """The keys of the tensors in a file."""
+    """Return the keys of the tensors in a file."""
     if file.endswith(".safetensors"):
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
