@@ -21,7 +21,6 @@ from .positions.select import Selection
 LAYER = "_reft"  # the child: without the prefix "reft_", or PEFT would skip it where it sets and deletes adapters
 SLOT = "_reft_"  # with the prefix, and the only part that has it, or transformers would rename another
 UNITS = ("unit", "prefix", "suffix")
-TENSORS = ("R", "W", "b", "exponents")
 
 SAVED_WITHOUT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of FSDP1, of activation checkpointing
 COMPILED = "_orig_mod"  # torch.compile(module) has the module as this child, which state dicts name

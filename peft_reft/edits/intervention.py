@@ -15,6 +15,9 @@ from .variants import Matrices, Variant, standard_factor, standardized_form
 INIT_ROW_NORM = 0.5
 
 
+TENSORS = ("R", "W", "b", "exponents")  # the names of all that a unit may save
+
+
 class Intervention(nn.Module):
     """One unit: h' = h + edit(h), with edit(h) = R^T (s(h) - R h) in LoReFT (arXiv 2404.03592, equation 2).
 

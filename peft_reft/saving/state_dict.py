@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import ReftConfig
-from ..edits.intervention import Intervention
-from ..layer import LAYER, SAVED_WITHOUT, SLOT, TENSORS, UNITS, adapted_modules, base_modules, plain_name
+from ..edits.intervention import TENSORS, Intervention
+from ..layer import LAYER, SAVED_WITHOUT, SLOT, UNITS, adapted_modules, base_modules, plain_name
 from .compatibility import trained_tokens
 
 PEFT_PREFIX = "base_model.model."  # of all keys of a PeftModel
