@@ -19,11 +19,12 @@ demo: $(VENV)/.installed-demo ## train and try an adapter on a small model (MODE
 	@$(BIN)/python examples/demo/demo.py $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
 # One torch thread a worker, or the workers fight over the cores; a file stays with one worker, so that what its session
-# fixtures set up (a server, a trained adapter) is set up once. A worker that is lost makes the run fail: with another in
+# fixtures set up (a server, a trained adapter) is set up once. Files start in their order, the slow ones of
+# integration/ first, or one worker is left with them at the end. A worker that is lost makes the run fail: with another in
 # its place, a run can wait for good.
 test: $(VENV)/.installed-test ## run the tests, offline (PYTEST_ARGS="-k positions", WORKERS=4)
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed-dev ## check lint, format and types
 	$(BIN)/ruff check .
