@@ -26,3 +26,7 @@ def environment(*path: Path, **variables: str) -> dict[str, str]:
     """The variables of a process that finds modules in `path`, and whose autoloading is as by default."""
     others = {k: v for k, v in os.environ.items() if k not in ("PEFT_REFT_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")}
     return {**others, "PYTHONPATH": os.pathsep.join(map(str, path)), **variables}
+
+
+# PEFT and transformers import these if they are installed, which is a third of what a new interpreter takes
+WITHOUT = "import sys\nsys.modules.update(dict.fromkeys(['bitsandbytes', 'hqq', 'torchao']))\n"

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from by_hand import ByHand, random_ids
-from installed import ROOT, environment, install
+from installed import ROOT, WITHOUT, environment, install
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -30,10 +30,6 @@ LOADERS = {
     "import peft\n"
     "model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)",
 }
-
-
-# PEFT and transformers import these if they are installed, which is a third of what a new interpreter takes
-WITHOUT = "import sys\nsys.modules.update(dict.fromkeys(['bitsandbytes', 'hqq', 'torchao']))\n"
 
 
 @pytest.fixture

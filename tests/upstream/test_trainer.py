@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from by_hand import make_llama
-from installed import ROOT, environment, install
+from installed import ROOT, WITHOUT, environment, install
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -65,7 +65,7 @@ def test_trainer_is_patched_whenever_it_is_imported(tmp_path, order, autoload):
     (tmp_path / "site").mkdir()
     install(tmp_path / "site")
     variables = environment(tmp_path / "site", ROOT) | {"PEFT_REFT_AUTOLOAD": autoload}
-    command = [sys.executable, "-c", f"{ORDERS[order]}\n{USE}", str(tmp_path / "output")]
+    command = [sys.executable, "-c", f"{WITHOUT}{ORDERS[order]}\n{USE}", str(tmp_path / "output")]
     process = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
 
