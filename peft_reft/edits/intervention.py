@@ -81,11 +81,6 @@ class Intervention(nn.Module):
         """The exponents of the scale (`torch.CharTensor` [d]): -128 until it is measured, None if not standardised."""
         return self._exponents
 
-    @property
-    def scale(self) -> torch.Tensor:
-        """The scale [d] of a standardised unit."""
-        return scale_of(self._exponents)  # type: ignore[arg-type]
-
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool | str) -> None:
         """Draw new parameters.
@@ -196,7 +191,8 @@ class Intervention(nn.Module):
         R, W, b = (
             None if parts[0] is None else stack(parts) for parts in zip(*(unit() for unit in units), strict=True)
         )
-        scale = stack([unit.scale for unit in units]) if units[0].is_standardized else None
+        exponents: Any = [unit.exponents for unit in units]
+        scale = scale_of(stack(exponents)) if units[0].is_standardized else None
         return units[0].variant.matrices(R, W, b, scale, units[0].act_fn is not None)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
