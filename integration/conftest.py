@@ -1,18 +1,16 @@
 """A word-level tokenizer with a chat template, and data that a tiny model can learn."""
 
-import functools
 import random
 
-import jinja2
 import pytest
 import torch
 from by_hand import make_llama, random_ids
+from cards import compile_template_once
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# An adapter is saved with a card, whose template is compiled anew each time: two thirds of what saving takes.
-jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)
+compile_template_once()
 
 # Marks what the assistant says, as TRL's assistant_only_loss needs it
 CHAT_TEMPLATE = (

@@ -1,16 +1,14 @@
-import functools
 import gc
 from collections.abc import Callable
 
-import jinja2
 import pytest
 import torch
 from by_hand import ByHand, adapt_model, make_llama, random_ids
+from cards import compile_template_once
 from peft import PeftModel
 from torch import nn
 
-# An adapter is saved with a card, whose template is compiled anew each time: two thirds of what saving takes.
-jinja2.Environment.compile = functools.lru_cache(jinja2.Environment.compile)
+compile_template_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,6 @@ from .variants import Matrices, Variant, standard_factor, standardized_form
 # which turn by twice the angle of their vectors; shorter rows turn as far. docs/results.md has the losses.
 INIT_ROW_NORM = 0.5
 
-
 TENSORS = ("R", "W", "b", "exponents")  # the names of all that a unit may save
 
 

@@ -117,12 +117,12 @@ def hook_model(model: nn.Module, config: PeftConfig) -> None:
     for name in adapted:
         callers = roles_around(modules, name, config) | callers
     family = family_of(model)
-    for path, (kind, apart) in callers.items():
+    for path, (kind, has_own_tokens) in callers.items():
         module = modules[path]
         adapt_class(module, METHODS)
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         depth = len(path.split(".")) if path else 0
-        module._reft_role = ModuleRole(family, kind, depth, names, apart)
+        module._reft_role = ModuleRole(family, kind, depth, names, has_own_tokens)
         module._reft_token = family
     for module in modules.values():
         if isinstance(module, GenerationMixin):

@@ -79,13 +79,13 @@ def edited_output(module: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, 
     """Return the edited output of an adapted module."""
     layer: ReftLayer = layer_of(module)  # type: ignore[assignment]
     hidden_states = output[0] if isinstance(output, tuple | list) and output else output
-    is_signal = plan.call.role.kind == "media"
-    if is_signal:
+    is_media = plan.call.role.kind == "media"
+    if is_media:
         plan.call.record_block_mask(module, args, kwargs)
     edited = None
     if isinstance(hidden_states, torch.Tensor) and not hidden_states.is_nested:
         how = (layer.architecture, hidden_states, layer.d, plan.call.tokens)
-        edited = edit_in_layout(*how, edit=lambda h: layer(h, plan), in_one_row=is_signal)
+        edited = edit_in_layout(*how, edit=lambda h: layer(h, plan), in_one_row=is_media)
     if edited is None:
         raise not_hidden_states_error(module, hidden_states, layer.d)
     return edited if output is hidden_states else replace_first(output, edited)

@@ -97,6 +97,11 @@ class ModuleRole:
     argument_names: tuple[str, ...]
     has_own_tokens: bool = False
 
+    @property
+    def continues(self) -> bool:
+        """Whether the model goes on with its prompt."""
+        return self.kind in ("causal", "decoder")
+
 
 def reads_text(module: nn.Module) -> bool:
     """Whether a model is given text, perhaps beside images or sound."""
@@ -138,7 +143,7 @@ class Call:
         self.tokens = given_tokens(self.arguments) if self.tokens is None else self.tokens
         if self.generation is not None:
             self._window = self.generation.window(self.arguments)
-        elif self.continues:
+        elif self.role.continues:
             past = tokens_before(self.arguments)
             self._past = past.clone() if isinstance(past, torch.Tensor) else past
         self.is_answering = self._is_past_prompt(self.tokens) and not self.skips_prepare
@@ -148,7 +153,7 @@ class Call:
         if self.generation is not None:
             return self._window is None
         begins = isinstance(self._past, int) and self._past == 0
-        return self.continues and tokens == 1 and not begins and "prompt_lengths" not in self.arguments
+        return self.role.continues and tokens == 1 and not begins and "prompt_lengths" not in self.arguments
 
     def contains(self, role: ModuleRole, arguments: Mapping[str, Any]) -> bool:
         """Whether a module that is called now is part of this call.
@@ -164,11 +169,6 @@ class Call:
         if ids is None or ids is own_ids:
             return True
         return STEP in self.arguments and own_ids is not None and ids.shape == own_ids.shape
-
-    @property
-    def continues(self) -> bool:
-        """Whether the model goes on with its prompt."""
-        return self.role.kind in ("causal", "decoder")
 
     def is_around(self, role: ModuleRole) -> bool:
         """Whether a module that is called now has tokens of its own within this call's model."""
@@ -212,7 +212,7 @@ class Call:
             ValueError: if the arguments do not tell where prompts end, or contradict themselves.
         """
         if self.role.kind == "media":
-            return self._prompts_of_signal(positions, batch, tokens, device)
+            return self._prompts_of_media(positions, batch, tokens, device)
         if self.skips_prepare:
             raise ValueError(messages.SKIPS_PREPARE)
         arguments, given = self.arguments, self.tokens
@@ -240,7 +240,7 @@ class Call:
             spans = before_labels(valid, sequences, labels, positions, packed)
             note_labels(self.role.family, arguments.get("input_ids"))
         else:
-            if positions.needs_end and self.continues:
+            if positions.needs_end and self.role.continues:
                 if self.training:
                     raise ValueError(messages.no_end(positions.text, self.role.kind == "decoder"))
                 if had_labels(self.role.family, arguments.get("input_ids")):
@@ -267,26 +267,26 @@ class Call:
     def _labels_of_tokens(self, batch: int, tokens: int) -> torch.Tensor | None:
         """Return the labels that are next tokens, each at the token that it is. None where there are none."""
         labels = self.arguments.get("labels")
-        if not self.continues or labels is None or tuple(labels.shape) != (batch, tokens):
+        if not self.role.continues or labels is None or tuple(labels.shape) != (batch, tokens):
             return None  # of another kind: classes or spans
         if self.role.kind == "decoder":  # whose labels lie at the token before the one that they are
             return torch.nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED_LABEL)
         return labels
 
     def record_block_mask(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Look at the mask that an adapted module was given: only it counts tokens that were made of a signal."""
+        """Look at the mask that an adapted module was given: only it counts the tokens of images or sound."""
         if self._block_mask is None:
             names = tuple(inspect.signature(type(module).forward).parameters)[1:]
             if "attention_mask" in names:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 self._block_mask = (given.get("attention_mask"),)
 
-    def _prompts_of_signal(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts:
+    def _prompts_of_media(self, positions: AnyPositions, batch: int, tokens: int, device: torch.device) -> Prompts:
         """Return the prompts of a model of images or sound: its complete input."""
-        signal = self.arguments.get(MEDIA_INPUT)
-        if (positions.prefix or positions.suffix) and signal is not None and len(signal) != batch:
+        media = self.arguments.get(MEDIA_INPUT)
+        if (positions.prefix or positions.suffix) and media is not None and len(media) != batch:
             raise ValueError(
-                f"positions='{positions.text}': {type(self.owner).__name__} lays its input {list(signal.shape)} into "
+                f"positions='{positions.text}': {type(self.owner).__name__} lays its input {list(media.shape)} into "
                 f"{batch} rows of {tokens} tokens, so ReFT cannot tell where each image begins and ends. Choose "
                 "'prompt' or 'all' there."
             )
@@ -306,7 +306,7 @@ class Call:
 
     def _valid(self, mask: Any, past: int, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
         """Mark the tokens [batch, past + tokens] that are not padding: all tokens without a mask and ids."""
-        valid = valid_tokens(mask, past, tokens, self.continues)
+        valid = valid_tokens(mask, past, tokens, self.role.continues)
         if valid is None and not past:
             valid = self._valid_by_ids(batch, tokens)
         if valid is None:

@@ -120,7 +120,7 @@ def skips_prepare(role: ModuleRole, arguments: Mapping[str, Any]) -> bool:
 
 def is_told(role: ModuleRole, arguments: Mapping[str, Any]) -> bool:
     """Whether a call's own arguments say where its prompts end, or it is given no text that continues prompts."""
-    continues = role.kind in ("causal", "decoder") and given_tokens(arguments) is not None
+    continues = role.continues and given_tokens(arguments) is not None
     return not continues or any(name in arguments for name in PROMPT_ENDS)
 
 
@@ -137,7 +137,7 @@ def mixed_batch_of(
         return None
     if running is None or generation is running or mixed_batch is not running.mixed_batch:
         return mixed_batch
-    return None if role.kind in ("causal", "decoder") else mixed_batch  # None for a call of its own within generate
+    return None if role.continues else mixed_batch  # None for a call of its own within generate
 
 
 def run_generate(model: Any, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any], is_own: bool) -> Any:

@@ -86,7 +86,7 @@ def add_prompt_lengths(method: Callable[..., Any], trainer: "Trainer", *args: An
     """
     model, collator = trainer.model, trainer.data_collator
     roles = [] if model is None else roles_of(model)
-    if not any(role.kind in ("causal", "decoder") for role in roles):
+    if not any(role.continues for role in roles):
         return method(trainer, *args, **kwargs)
     adder = PromptLengthsAdder(collator, os.environ.get(SWITCH) != "0" and takes_prompt_lengths(trainer, roles[0]))
     if trainer.args.remove_unused_columns:
