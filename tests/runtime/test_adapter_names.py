@@ -295,8 +295,8 @@ def test_another_model_within_generate_keeps_its_own_adapter(model, ids, make_ot
     assert len(seen) == 6 and all(seen)
 
 
-def test_generate_that_hands_on_to_an_inner_model():
-    """BLIP-2 gives what it makes of its prompt to its language model's own generate."""
+def make_blip2():
+    """BLIP-2 with adapters in its language model, and what it is given."""
     torch.manual_seed(0)
     layers = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     text = dict(vocab_size=64, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.2)
@@ -309,16 +309,40 @@ def test_generate_that_hands_on_to_an_inner_model():
         image_token_id=5,
         initializer_range=0.2,
     )
-    names = ["last", BASE, "ends"]
     adapters = {name: ADAPTERS[name] | dict(target_modules=r".*decoder\.layers\.\d+") for name in ("ends", "last")}
     adapters["last"].pop("layers_to_transform")
     model = add_adapters(Blip2ForConditionalGeneration(config).eval(), adapters)
     ids = torch.cat([torch.full((3, 4), 5), torch.randint(6, VOCABULARY, (3, 8))], dim=1)
-    inputs = dict(input_ids=ids, pixel_values=torch.randn(3, 3, 8, 8), attention_mask=torch.ones_like(ids))
+    return model, dict(input_ids=ids, pixel_values=torch.randn(3, 3, 8, 8), attention_mask=torch.ones_like(ids))
+
+
+def test_generate_that_hands_on_to_an_inner_model():
+    """BLIP-2 gives what it makes of its prompt to its language model's own generate."""
+    model, inputs = make_blip2()
+    names = ["last", BASE, "ends"]
     found = model.generate(**inputs, adapter_names=names, **GREEDY)
     rows = [alone(model, name, lambda: model.generate(**inputs, **GREEDY))[row] for row, name in enumerate(names)]
     assert torch.equal(found, torch.stack(rows))
     assert not torch.equal(found, alone(model, BASE, lambda: model.generate(**inputs, **GREEDY)))
+
+
+def test_generate_of_an_inner_model_within_a_forward():
+    """Its steps are calls of their own, not parts of the forward of the model around it."""
+    model, inputs = make_blip2()
+    model.set_adapter("ends")
+    inner, embeddings, found = model.get_base_model().language_model, torch.randn(3, 9, 32), []
+
+    def generate():
+        return inner.generate(inputs_embeds=embeddings, attention_mask=torch.ones(3, 9, dtype=torch.long), **GREEDY)
+
+    expected = generate()
+    before = model(**inputs).logits
+    hook = model.get_base_model().language_projection.register_forward_hook(lambda *_: found.append(generate()))
+    torch.testing.assert_close(model(**inputs).logits, before)
+    hook.remove()
+    assert len(found) == 1 and torch.equal(found[0], expected)
+    with model.disable_adapter():
+        assert not torch.equal(generate(), expected)
 
 
 def test_images_are_refused_under_different_adapters():

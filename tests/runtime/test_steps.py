@@ -14,7 +14,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from by_hand import CACHE, GREEDY, MASK, ByHand, adapt_model, generated, make_llama
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM, LlamaModel, LogitsProcessor
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, LogitsProcessor
 
 from peft_reft import ReftConfig
 from peft_reft.runtime.generate import STEP
@@ -48,6 +48,28 @@ def test_forward_over_the_tokens_of_a_step(adapt, ids, use_cache):
         expected = by_hand.logits(ends_at(input_ids.shape[1]), input_ids=input_ids)
         for each in logits:
             torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_prepared_inputs_of_another_sequence(adapt, ids, is_told):
+    """Inputs with a cache of their own, or with the length of the prompt, are no step, though they are prepared."""
+    model, by_hand = adapt(positions="l2")
+    found = []
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            cache = {} if is_told else {CACHE: DynamicCache(config=model.config)}
+            told = {"prompt_lengths": torch.tensor([5, 5])} if is_told else {}
+            prepared = model.prepare_inputs_for_generation(input_ids, use_cache=not is_told, **cache)
+            found.append((input_ids, model(**prepared, **told).logits))
+            return scores
+
+    tokens = generated(model, ids, None, logits_processor=[Asks()])
+    assert torch.equal(tokens, by_hand.generate(ends_at(12), ids))
+    assert len(found) == 6
+    for input_ids, logits in found:
+        expected = by_hand.logits(ends_at(5 if is_told else input_ids.shape[1]), input_ids=input_ids)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 class Waits(TorchDispatchMode):
@@ -141,6 +163,18 @@ def test_cache_of_the_call_in_a_forward_that_is_not_marked(adapt, ids, function)
     with model.disable_adapter():
         found = model.generate(ids, custom_generate=function, **GREEDY)
     torch.testing.assert_close(found, by_hand.base.generate(ids, custom_generate=function, **GREEDY))
+
+
+def test_fewer_tokens_than_were_prepared(adapt, ids):
+    """Which of them the prompt's are is not known."""
+    model, _ = adapt(positions="l2")
+
+    def takes_the_last(model, input_ids, attention_mask=None, **inputs):
+        prepared = model.prepare_inputs_for_generation(input_ids, **inputs)
+        return model(**prepared | {"input_ids": input_ids[:, -3:]}).logits
+
+    with pytest.raises(ValueError, match="generate prepared 12 tokens, but the model was given 3"):
+        model.generate(ids, custom_generate=takes_the_last, **GREEDY)
 
 
 def test_inputs_that_are_used_elsewhere(adapt, ids):
